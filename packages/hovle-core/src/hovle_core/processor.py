@@ -1,0 +1,274 @@
+"""Messages and pictures -> `input_ids`, `labels`, tiles: the one preprocessing that train, eval, chat and serve share.
+
+Two rules keep training and inference alike. Every answer is tokenised apart from the prompt before it, exactly as
+`generate` will see that prompt. And picture tokens are placed by id: text that merely spells `<IMG_CONTEXT>`, or
+any other special token, stays text.
+
+Shapes: T tokens, N tiles, S tile side in pixels, P image tokens a tile.
+"""
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from hovle_core.config import HovleConfig
+from hovle_core.image_processor import HovleImageProcessor
+
+IGNORE_INDEX = -100
+IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
+
+Message = Mapping[str, Any]
+
+
+@dataclass
+class Encoded:
+    """One sample, tokenised. labels are aligned with input_ids (transformers shift them), -100 = no target."""
+
+    input_ids: np.ndarray  # int64 [T]
+    labels: np.ndarray  # int64 [T]
+    tiles: np.ndarray  # uint8 [N, S, S, 3]
+    key: str = ""
+
+
+class HovleProcessor(ProcessorMixin):
+    """`HovleImageProcessor` and a tokenizer, and how the two meet.
+
+    Args:
+        image_processor: cuts tiles.
+        tokenizer: any transformers tokenizer that has the three picture tokens (`add_image_tokens`).
+        tokens_per_tile: image tokens a tile takes (`config.embedding_config.tokens_per_tile`).
+        chat_template: overrides the tokenizer's.
+
+    Raises ValueError if the tokenizer lacks a picture token.
+    """
+
+    def __init__(
+        self,
+        image_processor: HovleImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        tokens_per_tile: int = 256,
+        **kwargs: Any,
+    ):
+        if image_processor is None or tokenizer is None:
+            raise ValueError("image_processor and tokenizer are both needed")
+        missing = [token for token in IMAGE_TOKENS if token not in tokenizer.get_vocab()]
+        if missing:
+            raise ValueError(f"tokenizer lacks {missing}; add them with hovle_core.processor.add_image_tokens first")
+        self.tokens_per_tile = tokens_per_tile
+        self.image_token = IMAGE_CONTEXT
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    # ---- training and chat -------------------------------------------------------------------------------------
+
+    def encode(
+        self, messages: Sequence[Message], images: Sequence[Image.Image] = (), add_generation_prompt: bool = False
+    ) -> Encoded:
+        """A conversation -> Encoded; only assistant answers are targets.
+
+        messages: transformers style; `content` is text or a list of `{"type": "image"}` and
+            `{"type": "text", "text": ...}` parts. images: one for each image part, in order.
+
+        Raises ValueError if the counts of images and image parts differ, or if the chat template rewrites earlier
+        turns when later ones come (answers could then not be told from prompts).
+        """
+        rendering = _Rendering(self, messages)
+        tiles = [self.image_processor.tiles(image) for image in images]
+        if len(tiles) != rendering.num_images:
+            raise ValueError(
+                f"messages hold {rendering.num_images} image parts, but {len(tiles)} images were given; "
+                'one {"type": "image"} part stands for one image'
+            )
+        ids: list[int] = []
+        labels: list[int] = []
+        counts = iter([len(t) for t in tiles])
+        for text, is_target in rendering.segments(add_generation_prompt):
+            segment = rendering.tokenize(text, counts)
+            ids += segment
+            labels += self._answer_labels(segment) if is_target else [IGNORE_INDEX] * len(segment)
+        return self._encoded(ids, labels, tiles)
+
+    def encode_pair(self, image: Image.Image | None, text: str) -> Encoded:
+        """A picture and its caption -> Encoded: picture tokens, then the text and the end token as targets."""
+        tiles = [] if image is None else [self.image_processor.tiles(image)]
+        prefix = [token for t in tiles for token in self._picture(len(t))]
+        target = [*self.text_ids(text), self.tokenizer.eos_token_id]
+        return self._encoded(prefix + target, [IGNORE_INDEX] * len(prefix) + target, tiles)
+
+    def encode_text(self, text: str) -> Encoded:
+        """Plain text and the end token, every token a target."""
+        ids = [*self.text_ids(text), self.tokenizer.eos_token_id]
+        return self._encoded(ids, list(ids), [])
+
+    def encode_image(self, image: Image.Image) -> Encoded:
+        """A picture alone, no targets."""
+        tiles = [self.image_processor.tiles(image)]
+        ids = self._picture(len(tiles[0]))
+        return self._encoded(ids, [IGNORE_INDEX] * len(ids), tiles)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Plain text -> token ids; spelled-out special tokens stay text."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def batch(self, samples: Sequence[Encoded], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Left-padded model inputs `input_ids, attention_mask [B, T]` and `pixel_values [N, 3, S, S]` for `generate`."""
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        T = max(len(sample.input_ids) for sample in samples)
+        input_ids = torch.full((len(samples), T), pad, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, sample in enumerate(samples):
+            input_ids[row, T - len(sample.input_ids) :] = torch.from_numpy(sample.input_ids)
+            attention_mask[row, T - len(sample.input_ids) :] = 1
+        inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+        tiles = [sample.tiles for sample in samples if len(sample.tiles)]
+        if tiles:
+            stacked = torch.from_numpy(np.concatenate(tiles)).permute(0, 3, 1, 2).to(device)
+            inputs["pixel_values"] = self.image_processor.normalize(stacked)
+        return inputs
+
+    # ---- transformers' own call --------------------------------------------------------------------------------
+
+    def __call__(self, images=None, text=None, return_tensors: str = "pt", **kwargs) -> BatchFeature:
+        """text (one or many) with one `<IMG_CONTEXT>` for each picture of `images`, in order -> model inputs.
+
+        The text is a rendered prompt of the caller's own, so its special tokens count; for messages from users
+        use `encode`. Raises ValueError if placeholders and images disagree.
+        """
+        if kwargs:
+            raise ValueError(f"unknown arguments {sorted(kwargs)}; HovleProcessor takes images, text, return_tensors")
+        if return_tensors != "pt" or text is None:
+            raise ValueError("text is needed, and return_tensors must be 'pt'")
+        texts = [text] if isinstance(text, str) else list(text)
+        pictures = [] if images is None else [images] if isinstance(images, Image.Image) else list(images)
+        tiles = [self.image_processor.tiles(picture) for picture in pictures]
+        placeholders = sum(t.count(self.image_token) for t in texts)
+        if placeholders != len(tiles):
+            raise ValueError(f"text holds {placeholders} {self.image_token} placeholders for {len(tiles)} images")
+        remaining = iter(tiles)
+        samples = []
+        for t in texts:
+            first, *rest = t.split(self.image_token)
+            ids, own = self.tokenizer(first, add_special_tokens=False)["input_ids"], []
+            for piece in rest:
+                own.append(next(remaining))
+                ids += self._picture(len(own[-1])) + self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+            samples.append(self._encoded(ids, ids, own))
+        return BatchFeature(self.batch(samples))
+
+    # ---- inside ------------------------------------------------------------------------------------------------
+
+    def _picture(self, num_tiles: int) -> list[int]:
+        start, end = self.tokenizer.convert_tokens_to_ids([IMAGE_START, IMAGE_END])
+        return [start, *[self.image_token_id] * (num_tiles * self.tokens_per_tile), end]
+
+    def _answer_labels(self, segment: list[int]) -> list[int]:
+        """An answer's targets end with its end token: what a template prints behind it is never generated."""
+        eos = self.tokenizer.eos_token_id
+        end = len(segment) - segment[::-1].index(eos) if eos in segment else len(segment)
+        return segment[:end] + [IGNORE_INDEX] * (len(segment) - end)
+
+    def _encoded(self, ids: list[int], labels: list[int], tiles: list[np.ndarray]) -> Encoded:
+        size = self.image_processor.tile_size
+        stacked = np.concatenate(tiles) if tiles else np.zeros((0, size, size, 3), np.uint8)
+        return Encoded(np.asarray(ids, np.int64), np.asarray(labels, np.int64), stacked)
+
+    @cached_property
+    def _special(self) -> re.Pattern:
+        return re.compile("|".join(re.escape(token) for token in sorted(self.tokenizer.all_special_tokens, key=len)))
+
+
+class _Rendering:
+    """Messages through the chat template, with pictures and spelled-out special tokens behind one-time marks."""
+
+    def __init__(self, processor: HovleProcessor, messages: Sequence[Message]):
+        self.processor = processor
+        self.num_images = 0
+        nonce = secrets.token_hex(8)
+        self.image_mark, self.literal_mark = f"[[picture {nonce}]]", f"[[literal {nonce} %d]]"
+        self.literals: list[str] = []
+        self.messages = [{**message, "content": self._content(message["content"])} for message in messages]
+        self.pattern = re.compile(rf"\[\[picture {nonce}\]\]|\[\[literal {nonce} \d+\]\]")
+
+    def _content(self, content: str | Sequence[Mapping[str, str]]) -> str:
+        if isinstance(content, str):
+            return self._text(content)
+        out = []
+        for part in content:
+            if part["type"] == "image":
+                self.num_images += 1
+                out.append(self.image_mark)
+            elif part["type"] == "text":
+                out.append(self._text(part["text"]))
+            else:
+                raise ValueError(f"content part type {part['type']!r} is not known; known are 'image' and 'text'")
+        return "\n".join(out)
+
+    def _text(self, text: str) -> str:
+        def mark(match: re.Match) -> str:
+            self.literals.append(match.group())
+            return self.literal_mark % (len(self.literals) - 1)
+
+        return self.processor._special.sub(mark, text)
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        return self.processor.tokenizer.apply_chat_template(
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=self.processor.chat_template,
+        )
+
+    def segments(self, add_generation_prompt: bool) -> list[tuple[str, bool]]:
+        """The rendered conversation as (text, is it an answer) pieces in order."""
+        pieces, done = [], ""
+        for i, message in enumerate(self.messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._render(self.messages[:i], add_generation_prompt=True)
+            answer = self._render(self.messages[: i + 1], add_generation_prompt=False)
+            if not prompt.startswith(done) or not answer.startswith(prompt):
+                raise ValueError("the chat template rewrites earlier turns, so answers cannot be told from prompts")
+            pieces += [(prompt[len(done) :], False), (answer[len(prompt) :], True)]
+            done = answer
+        if add_generation_prompt or not pieces or self.messages[-1]["role"] != "assistant":
+            rest = self._render(self.messages, add_generation_prompt)
+            if not rest.startswith(done):
+                raise ValueError("the chat template rewrites earlier turns, so answers cannot be told from prompts")
+            pieces.append((rest[len(done) :], False))
+        return pieces
+
+    def tokenize(self, text: str, tile_counts) -> list[int]:
+        """A rendered piece -> ids, pictures placed by id and literals as plain text."""
+        ids: list[int] = []
+        position = 0
+        for match in self.pattern.finditer(text):
+            ids += self._plain(text[position : match.start()])
+            position = match.end()
+            if match.group() == self.image_mark:
+                ids += self.processor._picture(next(tile_counts))
+            else:
+                number = int(match.group().rstrip("]").rsplit(" ", 1)[1])
+                ids += self.processor.text_ids(self.literals[number])
+        return ids + self._plain(text[position:])
+
+    def _plain(self, text: str) -> list[int]:
+        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Add the picture tokens a tokenizer lacks; returns how many. Resize the LLM's embeddings afterwards."""
+    return tokenizer.add_special_tokens({"additional_special_tokens": list(IMAGE_TOKENS)}, replace_extra_special_tokens=False)
+
+
+AutoProcessor.register(HovleConfig, HovleProcessor, exist_ok=True)

@@ -1,0 +1,177 @@
+"""Where every sample lies in its tar: the byte offsets that make a shard randomly accessible."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+INDEX_NAME = "index.json"
+INDEX_VERSION = 1
+BLOCK = 512  # of a tar; a member's header is the block in front of its data
+
+# webdataset's rule: the key ends at the first dot after the last slash, the rest is the field ("0.png", "json").
+_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file of a sample: its field name and where its bytes are."""
+
+    field: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One sample's place. problem: why it is known to be unreadable (a damaged tar), else None."""
+
+    key: str
+    members: tuple[Member, ...]
+    problem: str | None = None
+
+    def end(self) -> int:
+        return max((member.offset + member.size for member in self.members), default=0)
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar: file name, size in bytes, sha256 of the file ("" when not computed), records in file order."""
+
+    name: str
+    size: int
+    sha256: str
+    records: tuple[Record, ...]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What a folder of shards holds; `index.json` in that folder."""
+
+    shards: tuple[ShardInfo, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return sum(len(shard.records) for shard in self.shards)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tars."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def sha256(self) -> str:
+        """One hash over the hashes of all shards, in order."""
+        return combined_sha256([shard.sha256 for shard in self.shards])
+
+    def save(self, folder: Path) -> None:
+        shards = [
+            {
+                "name": shard.name,
+                "samples": len(shard.records),
+                "bytes": shard.size,
+                "sha256": shard.sha256,
+                "records": [[r.key, [[m.field, m.offset, m.size] for m in r.members]] for r in shard.records],
+            }
+            for shard in self.shards
+        ]
+        content = {
+            "version": INDEX_VERSION,
+            "samples": self.num_samples,
+            "sha256": self.sha256,
+            "shards": shards,
+        }
+        (folder / INDEX_NAME).write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> ShardIndex | None:
+        """The folder's index, None without one. Raises ValueError naming the file when it is not one of ours."""
+        path = folder / INDEX_NAME
+        if not path.exists():
+            return None
+        try:
+            content: dict[str, Any] = json.loads(path.read_bytes())
+            if content["version"] != INDEX_VERSION:
+                raise ValueError(f"version {content['version']}, this hovle-data reads {INDEX_VERSION}")
+            shards = tuple(
+                ShardInfo(
+                    shard["name"],
+                    shard["bytes"],
+                    shard["sha256"],
+                    tuple(
+                        Record(key, tuple(Member(*member) for member in members))
+                        for key, members in shard["records"]
+                    ),
+                )
+                for shard in content["shards"]
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: not a shard index ({error}); delete it and the tars are scanned instead"
+            ) from error
+        return cls(shards)
+
+
+def combined_sha256(hashes: Sequence[str]) -> str:
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """A member's name -> (key, field) as webdataset splits it, None where it has no field."""
+    match = _NAME.match(name)
+    return (match.group(1), match.group(2)) if match else None
+
+
+def scan_shard(path: Path) -> tuple[tuple[Record, ...], str | None]:
+    """Read a tar's headers -> its records, and what is wrong with the tar (None: it is whole).
+
+    Like webdataset, consecutive members with one key are one sample. The record that the damage cuts has its
+    `problem` set; what lies behind it cannot be found.
+    """
+    records: list[Record] = []
+    key, members = "", list[Member]()
+    problem = None
+    size = path.stat().st_size
+
+    def finish() -> None:
+        if members:
+            record = Record(key, tuple(members))
+            records.append(record if record.end() <= size else Record(key, record.members, "truncated shard"))
+            members.clear()
+
+    try:
+        with tarfile.open(path, "r:") as tar:  # ":" = uncompressed only: a compressed tar has no offsets
+            try:
+                for info in tar:
+                    names = split_name(info.name)
+                    if not info.isreg() or info.issparse() or names is None:
+                        continue
+                    if names[0] != key:
+                        finish()
+                        key = names[0]
+                    members.append(Member(names[1], info.offset_data, info.size))
+            except (tarfile.TarError, ValueError, OverflowError) as error:
+                problem = str(error)
+            offset = tar.offset
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        return (), f"unreadable shard: {error}"
+    finish()
+    with path.open(
+        "rb"
+    ) as file:  # tarfile ends quietly at a header it cannot read; a whole tar ends with zeros
+        file.seek(offset)
+        end = file.read(BLOCK)
+    if problem is None and end != bytes(BLOCK):
+        problem = "no end-of-archive block" if end.strip(b"\0") == b"" else "broken header"
+    return tuple(records), problem and f"damaged shard: {problem} near byte {min(offset, size)} of {size}"

@@ -1,0 +1,133 @@
+"""Weighted mixtures of sources whose draws are a function of the position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hovle_data.order import hash64, position_to_index
+from hovle_data.schema import Sample
+
+MAX_BLOCK = 4096
+
+
+class Source(Protocol):
+    """What a dataset plugin builds: random access to samples, `BadSample` for those it cannot read.
+
+    Optional: `name` (prefix of keys in batches), `where(i) -> str` (the place named in the ledger).
+    """
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int, /) -> Sample: ...
+
+
+class Draw(NamedTuple):
+    """One draw, read. `where` is the place to name in the ledger."""
+
+    source_name: str
+    where: str
+    sample: Sample
+
+
+class Mixture:
+    """Endless draws from several sources: position k -> (source, sample), the same in every process and run.
+
+    sources: (source, weight) pairs; weights are shares of the draws and need not sum to one. Positions fall
+        into blocks (`block_size`, at most 4096) and every block has exactly `block_counts` draws of each
+        source, shuffled. Weights whose common denominator is larger than that are rounded, no source below
+        one draw a block.
+    seed: of the shuffles. Each source is walked in epochs: every sample once before any comes again.
+    """
+
+    def __init__(self, sources: Sequence[tuple[Source, float]], seed: int) -> None:
+        if not sources:
+            raise ValueError("sources is empty: give at least one (source, weight)")
+        self.sources = [source for source, _ in sources]
+        self.seed = seed
+        self.names = [str(getattr(source, "name", f"source{j}")) for j, source in enumerate(self.sources)]
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(
+                f"sources share a name: {self.names}; give each another name=, keys are prefixed with it"
+            )
+        for name, (source, weight) in zip(self.names, sources, strict=True):
+            if len(source) == 0:
+                raise ValueError(f"source {name} is empty: leave it out")
+            if not (weight > 0 and math.isfinite(weight)):
+                raise ValueError(
+                    f"weight of {name} is {weight}: give a positive number, or leave the source out"
+                )
+        self.block_counts = _block_counts([weight for _, weight in sources])
+        self.block_size = sum(self.block_counts)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all sources."""
+        return sum(len(source) for source in self.sources)
+
+    def draw(self, k: int) -> tuple[int, int]:
+        """Position k = 0, 1, 2, ... -> (source_index, sample_index). Costs one block, wherever k is."""
+        if k < 0:
+            raise IndexError(f"position {k} is negative")
+        block, position = divmod(k, self.block_size)
+        of_source, ordinals = _block(self.block_counts, self.seed, block)
+        j = int(of_source[position])
+        walked = block * self.block_counts[j] + int(ordinals[position])
+        _, i = position_to_index(walked, len(self.sources[j]), hash64("source", self.seed, j))
+        return j, i
+
+    def read(self, k: int) -> Draw:
+        """Draw and read position k. Raises `BadSample` naming the place if it does not read or validate."""
+        j, i = self.draw(k)
+        where = self.where(j, i)
+        return Draw(self.names[j], where, self.sources[j][i].validate(where))
+
+    def where(self, j: int, i: int) -> str:
+        """The place of sample i of source j, as the ledger names it."""
+        where = getattr(self.sources[j], "where", None)
+        return str(where(i)) if callable(where) else self.names[j]
+
+
+def _block_counts(weights: Sequence[float]) -> tuple[int, ...]:
+    """The smallest whole numbers in the proportion of the weights; rounded (largest remainder) above MAX_BLOCK."""
+    exact = [
+        Fraction(str(weight)) for weight in weights
+    ]  # str: 0.3 means 3/10, not the nearest binary fraction
+    denominator = math.lcm(*(weight.denominator for weight in exact))
+    counts = [int(weight * denominator) for weight in exact]
+    divisor = math.gcd(*counts)
+    counts = [count // divisor for count in counts]
+    total = sum(counts)
+    if total <= MAX_BLOCK:
+        return tuple(counts)
+    floors = [max(1, count * MAX_BLOCK // total) for count in counts]
+    remainders = sorted(range(len(counts)), key=lambda j: (-(counts[j] * MAX_BLOCK % total), j))
+    for j in remainders[: max(0, MAX_BLOCK - sum(floors))]:
+        floors[j] += 1
+    return tuple(floors)
+
+
+@lru_cache(maxsize=64)
+def _block(counts: tuple[int, ...], seed: int, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """One block's shuffled sources `[size]`, and for each draw how many of its source came before it."""
+    of_source = np.repeat(np.arange(len(counts)), counts)
+    order = np.argsort(
+        _mix64(np.arange(len(of_source), dtype=np.uint64) ^ np.uint64(hash64("mixture", seed, block)))
+    )
+    of_source = of_source[order]
+    ordinals = np.empty_like(of_source)
+    for j, count in enumerate(counts):
+        ordinals[of_source == j] = np.arange(count)
+    return of_source, ordinals
+
+
+def _mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """`order.mix64` for arrays; a bijection, so no two positions tie in the shuffle."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,127 @@
+"""Packing: samples side by side in one row of tokens, with positions that restart and labels that never cross.
+
+Shapes: T tokens of all samples, N tiles of all samples, S tile side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hovle_core.processor import Encoded
+
+NO_TARGET = -100
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch: several samples in one row.
+
+    input_ids, position_ids, labels: int64 `[1, T]`. Positions restart at 0 with each sample; a sample's first
+        token is never a target, for it would be predicted from the sample before it. Labels stand at their
+        token, as in transformers: the loss shifts them.
+    pixel_values: uint8 `[N, 3, S, S]`, tiles in the order of the samples, None without pictures.
+    sample_lengths: tokens of each sample, summing to T (the boundaries attention must not cross).
+    tile_keys: "<sample key>#<tile>" of each of the N tiles: names of tiles that mean the same picture every
+        time.
+    num_target_tokens: labels that count.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    pixel_values: Tensor | None
+    sample_lengths: list[int]
+    keys: list[str]
+    tile_keys: list[str]
+    num_target_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def num_tiles(self) -> int:
+        return len(self.tile_keys)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with its tensors on `device`."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            pixel_values=None
+            if self.pixel_values is None
+            else self.pixel_values.to(device, non_blocking=True),
+        )
+
+
+@dataclass
+class _Bin:
+    tokens_left: int
+    tiles_left: int
+    members: list[int] = field(default_factory=list)
+
+
+def pack(samples: Sequence[Encoded], max_tokens: int, max_tiles: int) -> list[PackedBatch]:
+    """Best fit, longest first: each sample goes where the fewest tokens stay free, within both budgets of a batch.
+
+    The same samples in the same order give the same batches; every token of every sample is in exactly one of
+    them. Raises ValueError naming the sample for one that is empty or by itself over a budget.
+    """
+    bins: list[_Bin] = []
+    for i in sorted(range(len(samples)), key=lambda i: (-len(samples[i].input_ids), i)):
+        sample = samples[i]
+        tokens, tiles = len(sample.input_ids), len(sample.tiles)
+        if tokens == 0:
+            raise ValueError(f"sample {sample.key}: input_ids is empty; leave it out")
+        if tokens > max_tokens:
+            raise ValueError(
+                f"sample {sample.key}: {tokens} tokens > max_tokens={max_tokens}; raise it or leave it out"
+            )
+        if tiles > max_tiles:
+            raise ValueError(
+                f"sample {sample.key}: {tiles} tiles > max_tiles={max_tiles}; raise it or leave it out"
+            )
+        fitting = [b for b in bins if b.tokens_left >= tokens and b.tiles_left >= tiles]
+        if fitting:
+            best = min(fitting, key=lambda b: b.tokens_left)
+        else:
+            best = _Bin(max_tokens, max_tiles)
+            bins.append(best)
+        best.tokens_left -= tokens
+        best.tiles_left -= tiles
+        best.members.append(i)
+    return [_batch([samples[i] for i in sorted(b.members)]) for b in bins]
+
+
+def _batch(samples: Sequence[Encoded]) -> PackedBatch:
+    labels = [sample.labels.copy() for sample in samples]
+    for row in labels:
+        row[0] = NO_TARGET
+    joined_labels = np.concatenate(labels)
+    with_tiles = [sample.tiles for sample in samples if len(sample.tiles)]
+    pixel_values = None
+    if with_tiles:
+        pixel_values = torch.from_numpy(np.concatenate(with_tiles)).permute(0, 3, 1, 2).contiguous()
+    return PackedBatch(
+        input_ids=_row(np.concatenate([sample.input_ids for sample in samples])),
+        position_ids=_row(np.concatenate([np.arange(len(sample.input_ids)) for sample in samples])),
+        labels=_row(joined_labels),
+        pixel_values=pixel_values,
+        sample_lengths=[len(sample.input_ids) for sample in samples],
+        keys=[sample.key for sample in samples],
+        tile_keys=[f"{sample.key}#{tile}" for sample in samples for tile in range(len(sample.tiles))],
+        num_target_tokens=int((joined_labels != NO_TARGET).sum()),
+    )
+
+
+def _row(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64))[None]

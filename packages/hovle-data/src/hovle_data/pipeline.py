@@ -1,0 +1,215 @@
+"""The batches of optimizer step s, for any rank of any world size, prepared in the background."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+from hovle_data.packing import PackedBatch, pack
+
+if TYPE_CHECKING:
+    from hovle_core.processor import Encoded
+
+logger = logging.getLogger(__name__)
+
+
+class _Gets(Protocol):
+    def get(self, k: int, /) -> Encoded | None: ...
+
+
+class StepLoader:
+    """Global step s consumes the sample positions s*G ... (s+1)*G - 1 of a stream, G being `global_batch_size`.
+
+    Rank r of W takes the positions s*G + r, s*G + r + W, ... of them, so all ranks together see the same
+    samples for every W, and resuming is starting at another step: there is no state to save. Quarantined
+    samples are left out; a rank may so have fewer samples than another, or none (an empty list), and the loss
+    divides by the global target count.
+
+    max_tokens, max_tiles: budgets of one packed batch; a step packs into as many batches as it takes.
+    num_threads: that run `stream.get` at a time, in order. prefetch: steps prepared ahead of the consumer.
+    """
+
+    def __init__(
+        self,
+        stream: _Gets,
+        global_batch_size: int,
+        max_tokens: int,
+        max_tiles: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_threads: int = 1,
+        prefetch: int = 2,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} is outside 0..world_size-1={world_size - 1}")
+        if global_batch_size < world_size:
+            raise ValueError(
+                f"global_batch_size={global_batch_size} < world_size={world_size}: give each rank a sample a step"
+            )
+        if num_threads < 1 or prefetch < 1:
+            raise ValueError(f"num_threads={num_threads} and prefetch={prefetch} must be at least 1")
+        self.stream = stream
+        self.global_batch_size = global_batch_size
+        self.max_tokens = max_tokens
+        self.max_tiles = max_tiles
+        self.rank = rank
+        self.world_size = world_size
+        self.num_threads = num_threads
+        self.prefetch = prefetch
+        self._running: weakref.WeakSet[StepIterator] = weakref.WeakSet()
+
+    def positions(self, step: int) -> range:
+        """The sample positions of this rank in a step."""
+        if step < 0:
+            raise ValueError(f"step={step} is negative")
+        start = step * self.global_batch_size
+        return range(start + self.rank, start + self.global_batch_size, self.world_size)
+
+    def batches(self, step: int) -> list[PackedBatch]:
+        """This rank's packed batches of a step, prepared here and now."""
+        return self._pack(map(self.stream.get, self.positions(step)))
+
+    def iterate(self, start_step: int = 0, stop_step: int | None = None) -> StepIterator:
+        """Iterate over (step, batches, data_wait_s) from start_step to stop_step - 1 (None: for ever).
+
+        A thread prepares the steps ahead; data_wait_s is how long the consumer stood waiting for one. An
+        error in the thread is raised here, at the step it belongs to. The thread ends with the last step,
+        with `close()` (also on leaving a `with` block, here or of the loader) and when the iterator is
+        dropped.
+        """
+        iterator = StepIterator(self._produce, start_step, stop_step, self.prefetch)
+        self._running.add(iterator)
+        return iterator
+
+    def close(self) -> None:
+        """Stop the threads of all iterators that are still running."""
+        for iterator in list(self._running):
+            iterator.close()
+
+    def __enter__(self) -> StepLoader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _produce(self, start_step: int, stop_step: int | None, stopped: threading.Event) -> Iterator[_Item]:
+        """The producer thread's own loop."""
+        threads = ThreadPoolExecutor(self.num_threads, "hovle-data") if self.num_threads > 1 else None
+
+        def get(k: int) -> Encoded | None:
+            return None if stopped.is_set() else self.stream.get(k)  # closing does not wait for a whole step
+
+        with threads or nullcontext():
+            step = start_step
+            while stop_step is None or step < stop_step:
+                positions = self.positions(step)
+                yield step, self._pack(threads.map(get, positions) if threads else map(get, positions))
+                step += 1
+
+    def _pack(self, encoded: Iterable[Encoded | None]) -> list[PackedBatch]:
+        return pack([sample for sample in encoded if sample is not None], self.max_tokens, self.max_tiles)
+
+
+_Item = tuple[int, list[PackedBatch]]
+_Produce = Callable[[int, int | None, threading.Event], Iterator[_Item]]
+
+
+class StepIterator:
+    """Iterator over (step, batches, data_wait_s) with a producer thread; see `StepLoader.iterate`."""
+
+    def __init__(self, produce: _Produce, start_step: int, stop_step: int | None, prefetch: int) -> None:
+        self._queue: queue.Queue[_Item | BaseException | None] = queue.Queue(maxsize=prefetch)
+        self._stopped = threading.Event()
+        # The thread knows the queue and the event, not this object: dropping the iterator is enough to end it.
+        self._thread = threading.Thread(
+            target=_run,
+            args=(produce, start_step, stop_step, self._queue, self._stopped),
+            name="hovle-data-producer",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def __iter__(self) -> StepIterator:
+        return self
+
+    def __next__(self) -> tuple[int, list[PackedBatch], float]:
+        if self._stopped.is_set():
+            raise StopIteration
+        start = time.perf_counter()
+        item = self._queue.get()
+        data_wait_s = time.perf_counter() - start
+        if item is None or isinstance(item, BaseException):
+            self.close()
+            if item is None:
+                raise StopIteration
+            raise item
+        step, batches = item
+        return step, batches, data_wait_s
+
+    def close(self) -> None:
+        """Stop the thread and wait until it has finished the sample it is at. Steps prepared ahead are dropped."""
+        self._stopped.set()
+        deadline = time.monotonic() + 10
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            while (
+                not self._queue.empty()
+            ):  # a producer that waits for room must get it to see that it is over
+                self._queue.get_nowait()
+            self._thread.join(0.01)
+        if self._thread.is_alive():
+            logger.warning(
+                "the data thread still reads after 10 s; it ends with its sample or with the process"
+            )
+
+    def __enter__(self) -> StepIterator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._stopped.set()  # and the thread drops what it holds at its next put
+
+
+def _run(
+    produce: _Produce,
+    start_step: int,
+    stop_step: int | None,
+    items: queue.Queue[_Item | BaseException | None],
+    stopped: threading.Event,
+) -> None:
+    last: BaseException | None = None
+    try:
+        for item in produce(start_step, stop_step, stopped):
+            if not _put(items, item, stopped):
+                return
+    except BaseException as error:  # whatever it is, the consumer must hear of it
+        last = error
+    _put(items, last, stopped)
+
+
+def _put(
+    items: queue.Queue[_Item | BaseException | None],
+    item: _Item | BaseException | None,
+    stopped: threading.Event,
+) -> bool:
+    """Put unless the consumer is gone; False if it is."""
+    while not stopped.is_set():
+        try:
+            items.put(item, timeout=0.1)
+            return True
+        except queue.Full:
+            continue
+    return False

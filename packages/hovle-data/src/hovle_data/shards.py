@@ -1,0 +1,318 @@
+"""WebDataset shards: plain tars, written by webdataset, readable by any of its readers, opened by byte offset.
+
+Sample K is K.json ({"text" | "messages", "images": count, "meta"}) and its pictures K.0.png, K.1.jpg, ...
+Members of other kinds in anyone's tars (.cls, .npy, .pyd, ...) are not looked at: nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import tarfile
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from hovle_data.decode import image_suffix
+from hovle_data.index import (
+    BLOCK,
+    Record,
+    ShardIndex,
+    ShardInfo,
+    combined_sha256,
+    file_sha256,
+    scan_shard,
+)
+from hovle_data.schema import BadSample, Sample
+
+logger = logging.getLogger(__name__)
+
+MAX_KEY_BYTES = 80  # a ustar name holds 100 bytes: key, number of the picture, suffix
+IMAGE_SUFFIXES = frozenset(
+    {"png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "avif"}
+)
+
+_NAME = re.compile(r"[\w-]+")
+
+
+def write_shards(
+    samples: Iterable[Sample],
+    out: str | Path,
+    samples_per_shard: int = 1000,
+    name: str = "shard",
+    progress: Callable[[int], None] | None = None,
+) -> ShardIndex:
+    """Write samples into `out`/{name}-000000.tar, ... and `out`/index.json; the folder appears whole or not at all.
+
+    The same samples give the same bytes. `progress` is called with the number of samples written so far.
+    Raises `BadSample` for a record that no stream could use, a key that webdataset would cut (dot, slash), a
+    key given twice, or a picture of unknown format; ValueError when `out` exists (reuse is for the caller to
+    decide) or nothing came.
+    """
+    import webdataset  # imports torch: 2 s that a reader does not need
+
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"out={out} exists; remove it, or reuse it with ShardSource({str(out)!r})")
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"name={name!r}: use letters, digits, '-' and '_'")
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard={samples_per_shard}: give at least 1")
+    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        shards: list[ShardInfo] = []
+        keys: set[str] = set()
+        files: list[BinaryIO] = []  # webdataset opens no path itself: with WDS_SECURE=1 it would refuse to
+
+        def open_shard(file_name: str) -> BinaryIO:
+            files.append((temporary / file_name).open("wb"))
+            return files[-1]
+
+        with webdataset.ShardWriter(
+            f"{name}-%06d.tar",
+            maxcount=samples_per_shard,
+            maxsize=float("inf"),
+            opener=open_shard,
+            post=lambda _: files.pop().close(),
+            verbose=0,
+            mtime=0,
+            encoder=False,
+        ) as writer:
+            for count, sample in enumerate(samples, 1):
+                writer.write(_fields(sample, keys))
+                if progress is not None:
+                    progress(count)
+        if not keys:
+            raise ValueError(f"no samples for {out}: give at least one")
+        for path in sorted(temporary.glob("*.tar")):
+            records, problem = scan_shard(path)
+            assert problem is None, problem
+            shards.append(ShardInfo(path.name, path.stat().st_size, file_sha256(path), records))
+        index = ShardIndex(tuple(shards))
+        index.save(temporary)
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return index
+
+
+def _fields(sample: Sample, keys: set[str]) -> dict[str, str | bytes]:
+    """The tar members of one sample; adds its key to `keys`."""
+    key = sample.key
+    if not key or set(key) & set("./\\\0\n") or len(key.encode()) > MAX_KEY_BYTES:
+        raise BadSample(
+            key, "", f"bad key: {key!r} must be 1..{MAX_KEY_BYTES} bytes without dot, slash or line break"
+        )
+    if key in keys:
+        raise BadSample(key, "", "key given twice")
+    sample.validate()
+    keys.add(key)
+    record: dict[str, Any] = {}
+    if sample.text is not None:
+        record["text"] = sample.text
+    if sample.messages is not None:
+        record["messages"] = list(sample.messages)
+    record["images"] = len(sample.images)  # so that a lost picture is noticed
+    if sample.meta:
+        record["meta"] = dict(sample.meta)
+    try:
+        fields: dict[str, str | bytes] = {
+            "__key__": key,
+            "json": json.dumps(record, ensure_ascii=False).encode(),
+        }
+    except (TypeError, ValueError) as error:
+        raise BadSample(key, "", f"does not fit into json: {error}") from error
+    for number, image in enumerate(sample.images):
+        suffix = image_suffix(image)
+        if suffix is None:
+            raise BadSample(key, "", f"not a known image format: image {number} starts with {image[:8]!r}")
+        fields[f"{number}.{suffix}"] = image
+    return fields
+
+
+class ShardSource:
+    """A folder of tars as a sequence of samples: `source[i]` is one seek and one read, for any i.
+
+    Reads what `write_shards` writes and anyone's webdataset tars (K.json or K.txt, pictures by suffix in
+    natural order). Without an index.json, or for a tar that the index does not describe, the tar's headers
+    are scanned on opening. A damaged or missing tar is logged and listed in `problems`; its readable samples
+    stay, each lost one raises `BadSample` (shard, key, reason) when it is read. Holds no open file:
+    picklable, forkable, safe to use from threads.
+
+    name: prefix of keys in batches, unique within a mixture; the folder's name when not given.
+    """
+
+    def __init__(self, path: str | Path, name: str | None = None) -> None:
+        self.path = Path(path)
+        self.name = name or self.path.resolve().name
+        if not self.path.is_dir():
+            raise ValueError(f"path={path} is no folder; give a folder of .tar shards")
+        self.problems: list[str] = []
+        self._shards = self._open()
+        if not self._shards:
+            raise ValueError(f"path={path} holds no .tar; give a folder of .tar shards")
+        for problem in self.problems:
+            logger.warning("%s", problem)
+        self._ends = list(accumulate(len(shard.records) for shard in self._shards))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, i: int) -> Sample:
+        """Sample i, not validated beyond what reading it needs; `BadSample` names shard, key and reason."""
+        shard, record = self._locate(i)
+        where = self._where(shard)
+        if record.problem is not None:
+            raise BadSample(record.key, where, record.problem)
+        return _sample(record.key, where, self._read(shard, record, where))
+
+    def key(self, i: int) -> str:
+        """Key of sample i, without reading it."""
+        return self._locate(i)[1].key
+
+    def where(self, i: int) -> str:
+        """The shard of sample i, "<name>/<file>", as a `BadSample` names it."""
+        return self._where(self._locate(i)[0])
+
+    def manifest(self) -> dict[str, Any]:
+        """{"shards", "samples", "sha256"}: what a run notes as the data it saw. Hashes tars that have no index."""
+        hashes = []
+        for shard in self._shards:
+            path = self.path / shard.name
+            hashes.append(shard.sha256 or (file_sha256(path) if path.exists() else "missing"))
+        return {"shards": len(self._shards), "samples": len(self), "sha256": combined_sha256(hashes)}
+
+    def _where(self, shard: ShardInfo) -> str:
+        return f"{self.name}/{shard.name}"
+
+    def _locate(self, i: int) -> tuple[ShardInfo, Record]:
+        if i < 0:
+            i += len(self)
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} is outside 0..{len(self) - 1} of {self.path}")
+        number = bisect_right(self._ends, i)
+        shard = self._shards[number]
+        return shard, shard.records[i - self._ends[number] + len(shard.records)]
+
+    def _open(self) -> list[ShardInfo]:
+        """All shards by name: from the index where it fits the file, scanned where it does not."""
+        index = ShardIndex.load(self.path)
+        indexed = {shard.name: shard for shard in index.shards} if index else {}
+        names = {path.name for path in self.path.glob("*.tar")}
+        return [self._open_shard(name, indexed.get(name)) for name in sorted(names | indexed.keys())]
+
+    def _open_shard(self, name: str, indexed: ShardInfo | None) -> ShardInfo:
+        path = self.path / name
+        if indexed is not None:
+            if not path.exists():
+                self.problems.append(f"{self.name}/{name}: missing shard: {len(indexed.records)} samples")
+                return indexed
+            if _fits(path, indexed):
+                return indexed
+        records, problem = scan_shard(path)
+        if problem is None:
+            return ShardInfo(name, path.stat().st_size, "", records)
+        self.problems.append(f"{self.name}/{name}: {problem}")
+        if indexed is not None:  # the index still names what is lost
+            return indexed
+        if not any(record.problem for record in records):  # one record stands for what cannot be found
+            records = (*records, Record("?", (), problem))
+        return ShardInfo(name, path.stat().st_size, "", records)
+
+    def _read(self, shard: ShardInfo, record: Record, where: str) -> dict[str, bytes]:
+        """The members of one record: one read from the first member's header to the last one's end."""
+        start = min(member.offset for member in record.members) - BLOCK
+        try:
+            with (self.path / shard.name).open("rb", buffering=0) as file:
+                file.seek(start)
+                data = file.read(record.end() - start)
+        except FileNotFoundError as error:
+            raise BadSample(record.key, where, "missing shard") from error
+        except OSError as error:
+            raise BadSample(record.key, where, f"unreadable shard: {error}") from error
+        fields = {}
+        for member in record.members:
+            begin = member.offset - start
+            if begin + member.size > len(data):
+                raise BadSample(record.key, where, "truncated shard")
+            if not _is_header(data[begin - BLOCK : begin], record.key, member.size):
+                raise BadSample(
+                    record.key, where, "shard and index differ: delete index.json to have it scanned"
+                )
+            fields[member.field] = data[begin : begin + member.size]
+        return fields
+
+
+def _fits(path: Path, indexed: ShardInfo) -> bool:
+    """Whether the index describes this file: its size, and that its first and last sample begin where it says."""
+    if path.stat().st_size != indexed.size or not indexed.records:
+        return False
+    with path.open("rb") as file:
+        for record in (indexed.records[0], indexed.records[-1]):
+            member = record.members[-1]
+            file.seek(member.offset - BLOCK)
+            if not _is_header(file.read(BLOCK), record.key, member.size):
+                return False
+    return True
+
+
+def _is_header(block: bytes, key: str, size: int) -> bool:
+    try:
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    # The block holds at most 100 bytes, in some formats only ASCII; other names are in a header before it.
+    return info.size == size and (len(key) > 90 or not key.isascii() or info.name.startswith(key + "."))
+
+
+def _sample(key: str, source: str, fields: dict[str, bytes]) -> Sample:
+    """Members by field name -> Sample, without decoding pictures."""
+    record: Any = {}
+    text = None
+    if "json" in fields:
+        try:
+            record = json.loads(fields["json"].decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise BadSample(key, source, f"json is not UTF-8: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise BadSample(key, source, f"bad json: {error}") from error
+        if not isinstance(record, dict):
+            raise BadSample(key, source, f"bad json: {type(record).__name__} where an object belongs")
+        text = record.get("text")
+    elif "txt" in fields:
+        try:
+            text = fields["txt"].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadSample(key, source, f"txt is not UTF-8: {error}") from error
+    pictures = sorted((f for f in fields if f.rpartition(".")[2].lower() in IMAGE_SUFFIXES), key=_natural)
+    count = record.get("images")
+    if isinstance(count, int) and count != len(pictures):
+        raise BadSample(key, source, f"missing image: {len(pictures)} of {count} are in the shard")
+    messages = record.get("messages")
+    if messages is not None and not isinstance(messages, list):
+        raise BadSample(key, source, f"bad json: messages is {type(messages).__name__} where a list belongs")
+    meta = record.get("meta")
+    if meta is not None and not isinstance(meta, dict):
+        raise BadSample(key, source, f"bad json: meta is {type(meta).__name__} where an object belongs")
+    return Sample(
+        key=key,
+        images=tuple(fields[picture] for picture in pictures),
+        text=text,
+        messages=None if messages is None else tuple(messages),
+        meta=meta or {},
+    )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """0.png, 2.png, 10.png in the order of a person."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

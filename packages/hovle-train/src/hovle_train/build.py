@@ -1,0 +1,100 @@
+"""From a recipe's `model` section to a model and its processor."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hovle_core.config import HolisticEmbeddingConfig
+from hovle_core.image_processor import HovleImageProcessor
+from hovle_core.modeling import HovleForConditionalGeneration
+from hovle_core.processor import IMAGE_CONTEXT, HovleProcessor
+from hovle_core.registry import Registry
+from hovle_core.roles import LLMBackbone
+from hovle_train.config import ModelConfig
+from hovle_train.runs import resolve_checkpoint
+
+# What a new embedding takes over from the LLM unless the recipe says otherwise.
+_FROM_LLM = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
+    "max_position_embeddings", "rope_parameters",
+)  # fmt: skip
+
+
+def build_backbone(config: ModelConfig, registry: Registry) -> LLMBackbone:
+    """The recipe's backbone. Raises ValueError if there is none, or if the plugin returns something else."""
+    if config.backbone is None:
+        raise ValueError("model.backbone is needed to start a new model (or model.init_from to continue one)")
+    options = dict(config.backbone.options)
+    if "path" in options:
+        options["path"] = resolve_checkpoint(options["path"])
+    backbone = registry.build("backbone", config.backbone.name, **options)
+    if not isinstance(backbone, LLMBackbone):
+        raise ValueError(f"backbone {config.backbone.name!r} is a {type(backbone).__name__}, not an LLMBackbone")
+    return backbone
+
+
+def embedding_config(config: ModelConfig, llm: PreTrainedConfig, vocab_size: int) -> HolisticEmbeddingConfig:
+    """The new embedding's config: the LLM's sizes, overridden by the recipe. Raises ValueError for unknown fields."""
+    known = set(HolisticEmbeddingConfig.__dataclass_fields__)
+    if unknown := sorted(config.embedding.keys() - known):
+        raise ValueError(f"model.embedding: unknown fields {unknown}; known are {sorted(_own_fields())}")
+    fields: dict[str, Any] = {name: getattr(llm, name) for name in _FROM_LLM if getattr(llm, name, None) is not None}
+    return HolisticEmbeddingConfig(**{**fields, "vocab_size": vocab_size, **config.embedding})
+
+
+def _own_fields() -> set[str]:
+    return set(HolisticEmbeddingConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+
+
+def build_tokenizer(config: ModelConfig, registry: Registry) -> PreTrainedTokenizerBase:
+    """The backbone's tokenizer, or the one that `model.tokenizer` names.
+
+    Raises ValueError if a tokenizer of one's own has more tokens than the LLM has embeddings.
+    """
+    backbone = build_backbone(config, registry)
+    if config.tokenizer is None:
+        return backbone.tokenizer()
+    tokenizer = registry.build("tokenizer", config.tokenizer.name, **config.tokenizer.options).tokenizer()
+    if len(tokenizer) > backbone.config().vocab_size:
+        raise ValueError(
+            f"model.tokenizer {config.tokenizer.name!r} has {len(tokenizer)} tokens, the backbone's vocabulary "
+            f"{backbone.config().vocab_size}: choose a backbone that was made for this tokenizer"
+        )
+    return tokenizer
+
+
+def build_processor(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, embedding: HolisticEmbeddingConfig):
+    """The processor that goes with an embedding."""
+    image_processor = HovleImageProcessor(tile_size=embedding.image_size, **config.image.model_dump())
+    return HovleProcessor(image_processor, tokenizer, tokens_per_tile=embedding.tokens_per_tile)
+
+
+def build_hovle(
+    config: ModelConfig, registry: Registry, seed: int
+) -> tuple[HovleForConditionalGeneration, HovleProcessor]:
+    """The model of a recipe in float32, from a checkpoint or new around a backbone, and its processor."""
+    if config.init_from is not None:
+        path = resolve_checkpoint(config.init_from)
+        model = HovleForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+        processor = HovleProcessor.from_pretrained(path)
+    else:
+        tokenizer = build_tokenizer(config, registry)
+        llm = build_backbone(config, registry).model()
+        embedding = embedding_config(config, llm.config, llm.get_input_embeddings().weight.shape[0])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = HovleForConditionalGeneration.from_language_model(
+                llm, embedding, tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
+            )
+        processor = build_processor(config, tokenizer, embedding)
+    prepare_for_training(model, config)
+    return model, processor
+
+
+def prepare_for_training(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Attention implementation and activation checkpointing, as the recipe asks."""
+    model.set_attn_implementation(config.attention)
+    if config.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    model.config.use_cache = False

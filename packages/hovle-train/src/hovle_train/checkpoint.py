@@ -1,0 +1,116 @@
+"""Checkpoints of a run in progress: what trains, the optimizer's state and the step; safetensors and JSON only.
+
+Learning rate, data order and randomness are functions of the step, so these three resume a run exactly. A checkpoint
+appears by one rename, and carries the size of each of its files: what is torn is detected and the one before it used.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+logger = logging.getLogger(__name__)
+
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+
+
+def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors a run changes: trainable parameters. What is frozen comes from the parent checkpoint."""
+    return {name: p.detach().cpu().contiguous() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def save(
+    folder: Path,
+    step: int,
+    module: nn.Module,
+    optimizers: Iterable[torch.optim.Optimizer],
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write `folder/step-<step>`, then drop all but the newest `keep`. Returns its path."""
+    target = folder / f"step-{step:08d}"
+    temporary = folder / f".writing-{step:08d}-{os.getpid()}"
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    save_file(trainable_state(module), temporary / MODEL)
+    tensors, scalars = _flat_optimizer_state(module, optimizers)
+    save_file(tensors, temporary / OPTIMIZER)
+    sizes = {name: (temporary / name).stat().st_size for name in (MODEL, OPTIMIZER)}
+    content = {"step": step, "optimizer_scalars": scalars, "sizes": sizes, **state}
+    (temporary / STATE).write_text(json.dumps(content, indent=1))
+    sync_folder(temporary)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(temporary, target)
+    for old in complete_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's files to the disk, so that a rename cannot outrun them."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first; a torn one is passed over with a warning."""
+    found = []
+    for path in sorted(folder.glob("step-*")):
+        if _is_whole(path):
+            found.append(path)
+        else:
+            logger.warning("checkpoint %s is torn: using the one before it", path)
+    return found
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        sizes = json.loads((path / STATE).read_text())["sizes"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return all((path / name).is_file() and (path / name).stat().st_size == size for name, size in sizes.items())
+
+
+def load(path: Path, module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Restore module and optimizers from a checkpoint folder; returns its state (with "step").
+
+    Raises ValueError naming tensors that do not fit: the recipe then changed since the checkpoint was written.
+    """
+    saved = load_file(path / MODEL)
+    own = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if saved.keys() != own.keys() or any(saved[name].shape != own[name].shape for name in own):
+        differing = sorted(saved.keys() ^ own.keys())[:5] or [n for n in own if saved[n].shape != own[n].shape][:5]
+        raise ValueError(
+            f"checkpoint {path} does not fit this recipe (first differences: {differing}); "
+            "restore the recipe, or choose another run_dir to start afresh"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(saved[name])
+    state = json.loads((path / STATE).read_text())
+    flat = {**load_file(path / OPTIMIZER), **state.pop("optimizer_scalars")}
+    set_optimizer_state_dict(module, list(optimizers), optim_state_dict=flat, options=_OPTIONS)
+    return state
+
+
+def _flat_optimizer_state(module, optimizers) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    flat = get_optimizer_state_dict(module, list(optimizers), options=_OPTIONS)
+    tensors = {name: value.contiguous() for name, value in flat.items() if isinstance(value, torch.Tensor)}
+    return tensors, {name: value for name, value in flat.items() if not isinstance(value, torch.Tensor)}

@@ -1,0 +1,219 @@
+"""Recipes: what a run is, in YAML, checked before anything starts. Unknown keys are errors that suggest the right one."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hovle_core.registry import Registry
+
+
+class Section(BaseModel):
+    """A part of a recipe: no unknown keys, no silent conversions of what was meant."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class Named(Section):
+    """Something that a plugin provides, by name, with options for its constructor."""
+
+    name: str
+    options: dict[str, Any] = {}
+
+
+class Source(Section):
+    """A data set in a mixture. `name` is a registered dataset kind, `weight` its share of the draws."""
+
+    path: str
+    name: str = "webdataset"
+    weight: float = Field(1.0, gt=0)
+    options: dict[str, Any] = {}
+
+
+class ImageConfig(Section):
+    """How pictures are tiled; the tile's side is the embedding's `image_size`."""
+
+    min_tiles: int = Field(1, ge=1)
+    max_tiles: int = Field(12, ge=1)
+    use_thumbnail: bool = True
+
+
+class ModelConfig(Section):
+    """Either `init_from` (a HoVLE checkpoint or a finished run), or a `backbone` and a new `embedding` around it."""
+
+    init_from: str | None = None
+    backbone: Named | None = None
+    tokenizer: Named | None = None
+    # Fields of HolisticEmbeddingConfig; width, heads and vocabulary come from the LLM where they are not given.
+    embedding: dict[str, Any] = {}
+    image: ImageConfig = ImageConfig()
+    attention: str = "hovle_packed"
+    activation_checkpointing: bool = False
+
+
+class DataConfig(Section):
+    """Mixtures: `sources` for pairs, conversations and plain text; `images` and `texts` for unpaired distillation."""
+
+    sources: list[Source] = []
+    images: list[Source] = []
+    texts: list[Source] = []
+    # Text tokens beside each image in distillation, drawn uniformly from this range.
+    text_tokens: tuple[int, int] = (16, 64)
+    # A run fails above this share of unreadable samples.
+    max_quarantine_share: float = Field(0.01, ge=0, le=1)
+    prefetch_steps: int = Field(2, ge=1)
+
+
+class OptimConfig(Section):
+    """The optimizer: AdamW, or Muon for the matrices of the blocks with AdamW for the rest.
+
+    Muon's updates are scaled to AdamW's size (`match_rms_adamw`), so one `lr` serves both.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.05, ge=0)
+    grad_clip: float | None = Field(1.0, gt=0)
+    # Parameter-name prefix -> factor on the learning rate; the longest matching prefix wins.
+    lr_factors: dict[str, float] = {}
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    # Share of the steps in which WSD decays to zero.
+    decay_share: float = Field(0.2, gt=0, le=1)
+    # The cosine ends at this share of the peak.
+    min_lr_share: float = Field(0.0, ge=0, le=1)
+
+
+class TrainConfig(Section):
+    steps: int = Field(gt=0)
+    # Samples a step over all workers; does not depend on how many there are.
+    global_batch_size: int = Field(gt=0)
+    # Budgets of one packed row; a worker's samples are packed into as few rows as fit.
+    micro_batch_tokens: int = Field(4096, gt=0)
+    micro_batch_tiles: int = Field(256, gt=0)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    log_every: int = Field(10, gt=0)
+    checkpoint_every: int = Field(500, gt=0)
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class ResourcesConfig(Section):
+    """What Ray is asked for. `cpus_per_worker` also sets a worker's threads; None shares out this machine's cores."""
+
+    num_workers: int = Field(1, ge=1)
+    cpus_per_worker: int | None = Field(None, ge=1)
+    use_gpu: bool = False
+    accelerator_type: str | None = None
+    max_failures: int = Field(3, ge=0)
+
+
+class ObserversConfig(Section):
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "hovle"
+
+
+class Recipe(Section):
+    """A run of one stage. `run_dir` holds all it writes; the same recipe and folder resume it."""
+
+    stage: Named
+    run_dir: str
+    seed: int = Field(0, ge=0)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig
+    train: TrainConfig
+    resources: ResourcesConfig = ResourcesConfig()
+    observers: ObserversConfig = ObserversConfig()
+
+    @property
+    def path(self) -> Path:
+        return Path(self.run_dir)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(recipe: str | Path, overrides: list[str] | None = None, registry: Registry | None = None) -> Recipe:
+    """Read a recipe from a file, or by the name a plugin gave it, and apply `a.b=value` overrides (values are YAML).
+
+    Raises FileNotFoundError for no such file or name, ValueError naming every bad key with a suggestion.
+    """
+    path = Path(recipe)
+    if not path.is_file():
+        names = [spec.name for spec in registry.specs("recipe")] if registry else []
+        if registry is None or str(recipe) not in names:
+            raise FileNotFoundError(f"no recipe file {str(recipe)!r}, and no plugin offers one by that name (known: {names})")
+        path = registry.resource("recipe", str(recipe))
+    raw = yaml.safe_load(path.read_text())
+    if not isinstance(raw, dict):
+        raise ValueError(f"recipe {path} must be a mapping of sections, got {type(raw).__name__}")
+    return parse_recipe(apply_overrides(raw, overrides or []), source=str(path))
+
+
+def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Set `a.b.0.c=value` in a nested mapping; a number indexes a list. Raises ValueError for a malformed override."""
+    raw = json.loads(json.dumps(raw))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"override {override!r} must read key.sub_key=value")
+        *parents, last = key.split(".")
+        node: Any = raw
+        for part in parents:
+            node = node[_list_index(node, part, override)] if isinstance(node, list) else node.setdefault(part, {})
+            if not isinstance(node, dict | list):
+                raise ValueError(f"override {override!r}: {part!r} is a value, not a section")
+        parsed = yaml.safe_load(value)
+        # YAML 1.1 reads 3e-4 as a string; people mean a number.
+        if isinstance(parsed, str):
+            try:
+                parsed = float(parsed)
+            except ValueError:
+                pass
+        node[_list_index(node, last, override) if isinstance(node, list) else last] = parsed
+    return raw
+
+
+def _list_index(node: list, part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ValueError(f"override {override!r}: {part!r} must index a list of {len(node)}")
+    return int(part)
+
+
+def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Validate a mapping. Raises ValueError with one line for each problem."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError(f"{source} is not valid:\n" + explain(error, Recipe)) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """A pydantic error, one line a problem, with the nearest known key where one is misspelt."""
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = _fields_at(model, problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys are {sorted(known)}"
+            lines.append(f"  {where}: unknown key, {hint}")
+        else:
+            given = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
+            lines.append(f"  {where}: {problem['msg']}{given}")
+    return "\n".join(lines)
+
+
+def _fields_at(model: type[BaseModel], location: tuple) -> list[str]:
+    current: Any = model
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = current.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        current = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(current.model_fields)

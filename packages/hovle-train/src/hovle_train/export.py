@@ -1,0 +1,79 @@
+"""The end of a run: its final checkpoint, by one rename, and a summary of what made it."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hovle_train.checkpoint import sync_folder
+from hovle_train.metrics import read_metrics
+from hovle_train.runs import FINAL, METRICS_FILE, SUMMARY_FILE
+
+if TYPE_CHECKING:
+    from hovle_train.loop import Trainer
+
+
+def peak_rss_gib() -> float:
+    """The most memory this process ever held, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def git_commit() -> str | None:
+    """The commit of the folder that the run was started in, if it is a git checkout."""
+    try:
+        out = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.stdout.strip()
+
+
+def summary(trainer: "Trainer", seconds: float, tokens: int) -> dict[str, Any]:
+    """The run card: last metrics, cost, and the lineage that made the checkpoint."""
+    recipe = trainer.recipe
+    metrics = read_metrics(recipe.path / METRICS_FILE)
+    return {
+        "stage": recipe.stage.name,
+        "steps": recipe.train.steps,
+        "metrics": metrics[-1] if metrics else {},
+        "seconds": round(seconds, 1),
+        "tokens": tokens,
+        "peak_rss_gib": round(peak_rss_gib(), 3),
+        "precision": str(trainer.dtype).removeprefix("torch."),
+        "num_workers": trainer.runtime.world_size,
+        "commit": git_commit(),
+        "plugins": trainer.plugins.versions,
+        "parent": recipe.model.init_from,
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "recipe": trainer.run_info.recipe,
+    }
+
+
+def export_final(trainer: "Trainer", seconds: float, tokens: int) -> None:
+    """Write `final/` and `summary.json` on rank 0, then drop the checkpoints that only resuming needed."""
+    if not trainer.runtime.is_main:
+        return
+    folder = trainer.recipe.path
+    temporary = folder / f".{FINAL}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    trainer.stage.export(trainer.module, trainer.processor, temporary)
+    card = summary(trainer, seconds, tokens)
+    (temporary / "hovle_run.json").write_text(json.dumps(card, indent=1))
+    write_json(folder / SUMMARY_FILE, card)
+    sync_folder(temporary)
+    os.replace(temporary, folder / FINAL)
+    shutil.rmtree(trainer.checkpoints, ignore_errors=True)
+    trainer.plugins.manager.hook.hovle_on_checkpoint(
+        run=trainer.run_info, step=trainer.recipe.train.steps - 1, path=folder / FINAL
+    )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Atomically replace a JSON file."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)

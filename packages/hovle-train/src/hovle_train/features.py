@@ -1,0 +1,107 @@
+"""Teacher features: brought to the student's grid, centred, and computed once for a run where asked.
+
+Shapes: N tiles, P image tokens a tile (a square grid), C teacher channels, S tile side in pixels.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hovle_core.roles import TeacherEncoder
+
+CENTRE_TILES = 512
+FEATURES, INDEX = "features.float16", "index.json"
+
+
+def to_student_grid(features: Tensor, num_tokens: int) -> Tensor:
+    """`[N, h, w, C]` -> `[N, P, C]`: averaged down or interpolated up to the student's square grid, row by row."""
+    side = round(num_tokens**0.5)
+    x = features.permute(0, 3, 1, 2).float()
+    if x.shape[2] < side or x.shape[3] < side:
+        x = F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
+    elif x.shape[2:] != (side, side):
+        x = F.adaptive_avg_pool2d(x, side)
+    return x.flatten(2).transpose(1, 2)
+
+
+class TeacherFeatures:
+    """Features `[N, P, C]` of tiles by key, minus the mean over the data; from a teacher, or from a store on disk."""
+
+    def __init__(self, teacher: TeacherEncoder, num_tokens: int, centre: bool = True):
+        self.teacher, self.num_tokens, self.centre = teacher, num_tokens, centre
+        self.size = teacher.feature_size
+        self.mean = torch.zeros(self.size)
+        self._store: np.ndarray | None = None
+        self._rows: dict[str, int] = {}
+
+    def compute(self, tiles: Tensor) -> Tensor:
+        """uint8 `[N, 3, S, S]` -> `[N, P, C]` through the teacher, not centred."""
+        return to_student_grid(self.teacher.features(tiles), self.num_tokens)
+
+    def set_mean(self, samples: Iterable[Tensor]) -> None:
+        """Centre by the mean feature of the first tiles of `samples` (uint8 `[N, 3, S, S]` each)."""
+        if not self.centre:
+            return
+        total, count = torch.zeros(self.size, dtype=torch.float64), 0
+        for tiles in samples:
+            features = self.compute(tiles)
+            total += features.double().sum((0, 1)).cpu()
+            count += features.shape[0] * features.shape[1]
+            if count >= CENTRE_TILES * self.num_tokens:
+                break
+        self.mean = (total / max(1, count)).float()
+
+    def get(self, keys: Sequence[str], tiles: Tensor) -> Tensor:
+        """Centred features of tiles `[N, 3, S, S]` with these keys, on the tiles' device."""
+        if self._store is None:
+            raw = self.compute(tiles)
+        else:
+            rows = [self._rows[key] for key in keys]
+            raw = torch.from_numpy(self._store[rows]).to(tiles.device, torch.float32)
+        return raw - self.mean.to(raw.device)
+
+    def open_store(self, folder: Path) -> bool:
+        """Use features computed before, if `folder` holds a whole store; returns whether it does."""
+        index = folder / INDEX
+        if not index.is_file():
+            return False
+        content = json.loads(index.read_text())
+        self._store = np.memmap(folder / FEATURES, dtype=np.float16, mode="r", shape=tuple(content["shape"]))
+        self._rows = {key: row for row, key in enumerate(content["keys"])}
+        self.mean = torch.tensor(content["mean"])
+        return True
+
+    def build_store(
+        self,
+        folder: Path,
+        batches: Iterable[tuple[Sequence[str], Tensor]],
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Run the teacher over `batches` of (keys, tiles) once, into `folder` (float16), then use it.
+
+        The mean is that of the whole store. The index is written last, so that half a store is never opened.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / "features.tmp"
+        keys: list[str] = []
+        total = torch.zeros(self.size, dtype=torch.float64)
+        with temporary.open("wb") as raw:
+            for batch_keys, tiles in batches:
+                features = self.compute(tiles).cpu()
+                raw.write(features.half().numpy().tobytes())
+                keys += batch_keys
+                total += features.double().sum((0, 1))
+                if progress is not None:
+                    progress(len(keys))
+        os.replace(temporary, folder / FEATURES)
+        mean = (total / max(1, len(keys) * self.num_tokens)).tolist() if self.centre else [0.0] * self.size
+        index = folder / "index.tmp"
+        index.write_text(json.dumps({"keys": keys, "mean": mean, "shape": [len(keys), self.num_tokens, self.size]}))
+        os.replace(index, folder / INDEX)
+        self.open_store(folder)

@@ -1,0 +1,66 @@
+"""Optimizers and learning-rate schedules. A schedule is a function of the step, so a resumed run needs no state of it."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from hovle_train.config import OptimConfig
+
+
+def lr_share(config: OptimConfig, step: int, steps: int) -> float:
+    """The learning rate of 0-based `step` as a share of its peak."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    if config.schedule == "cosine":
+        return config.min_lr_share + (1 - config.min_lr_share) * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "wsd":
+        return min(1.0, (1 - progress) / config.decay_share)
+    return 1.0
+
+
+def build_optimizers(config: OptimConfig, module: nn.Module) -> list[torch.optim.Optimizer]:
+    """Optimizers over what trains in `module`. Matrices decay, vectors and embeddings' norms do not.
+
+    Raises ValueError for an `lr_factors` prefix that matches no trainable parameter.
+    """
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    for prefix in config.lr_factors:
+        if not any(name.startswith(prefix) for name, _ in named):
+            raise ValueError(f"optim.lr_factors: no trainable parameter starts with {prefix!r}")
+    muon = [(name, p) for name, p in named if config.name == "muon" and _is_block_matrix(name, p)]
+    muon_names = {name for name, _ in muon}
+    rest = [(name, p) for name, p in named if name not in muon_names]
+    optimizers: list[torch.optim.Optimizer] = []
+    if muon:
+        groups = _groups(config, muon)
+        optimizers.append(torch.optim.Muon(groups, lr=config.lr, adjust_lr_fn="match_rms_adamw"))
+    if rest:
+        groups = _groups(config, rest)
+        optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True))
+    return optimizers
+
+
+def set_lr(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * share
+
+
+def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim == 2 and ".layers." in name
+
+
+def _groups(config: OptimConfig, named: list[tuple[str, nn.Parameter]]) -> list[dict]:
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        prefixes = [prefix for prefix in config.lr_factors if name.startswith(prefix)]
+        factor = config.lr_factors[max(prefixes, key=len)] if prefixes else 1.0
+        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((factor, decay), []).append(parameter)
+    return [
+        {"params": params, "lr": config.lr * factor, "peak_lr": config.lr * factor, "weight_decay": decay}
+        for (factor, decay), params in groups.items()
+    ]

@@ -1,0 +1,46 @@
+"""Train's plugin: the stages, `hovle train`, and W&B as an observer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hovle_core.hookspecs import hookimpl
+from hovle_core.registry import Spec
+
+HOVLE_HOOK_API = 1
+
+
+@hookimpl
+def hovle_stages() -> list[Spec]:
+    return [
+        Spec("language_modeling", "hovle_train.stages.language_modeling:LanguageModeling",
+             summary="the bare LLM on text (no part of the paper)"),
+        Spec("distillation", "hovle_train.stages.distillation:Distillation",
+             summary="embedding matches a vision teacher and the LLM's text embedding, on unpaired data"),
+        Spec("alignment", "hovle_train.stages.alignment:Alignment",
+             summary="next-token prediction on pairs, LLM frozen"),
+        Spec("instruction_tuning", "hovle_train.stages.instruction_tuning:InstructionTuning",
+             summary="next-token prediction on answers, everything trains"),
+    ]  # fmt: skip
+
+
+@hookimpl
+def hovle_commands(cli: Any) -> None:
+    from hovle_train.commands import add_train_parser
+
+    add_train_parser(cli)
+
+
+@hookimpl
+def hovle_on_log(run: Any, step: int, metrics: Mapping[str, float]) -> None:
+    from hovle_train.observers import log_to_wandb
+
+    log_to_wandb(run, step, metrics)
+
+
+@hookimpl
+def hovle_on_checkpoint(run: Any, step: int, path: Path) -> None:
+    from hovle_train.observers import finish_wandb
+
+    if path == run.final:
+        finish_wandb(run)

@@ -1,0 +1,61 @@
+"""Where a loop runs: which rank it is, on which device, and how ranks agree. Ray or a plain process, one interface."""
+
+import logging
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+
+def _no_report(metrics: dict[str, Any], checkpoint: Path | None) -> None:
+    """Nobody is listening: a plain process has no Ray to tell."""
+
+
+@dataclass
+class Runtime:
+    """One worker of a run. `report` tells Ray Train of metrics and checkpoints; every rank must call it alike."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    report: Callable[[dict[str, Any], Path | None], None] = _no_report
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: dict[str, float]) -> dict[str, float]:
+        """Each value summed over ranks; all ranks must pass the same keys."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor([values[key] for key in sorted(values)], dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return dict(zip(sorted(values), tensor.tolist(), strict=True))
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matmuls are faster than float32's: CUDA since Ampere, CPUs with AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """`auto` -> bfloat16 autocast where it is fast, else float32 with a warning."""
+    if precision == "auto":
+        precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
+        if precision == "float32":
+            logger.warning("this %s has no fast bfloat16: training in float32, several times slower", device.type)
+    return getattr(torch, precision)

@@ -1,0 +1,132 @@
+"""The interface of a stage: what it builds, what of it trains, which samples it reads, and its loss.
+
+The loop knows nothing else of a stage, so a plugin's stage is as good as ours.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from hovle_core.losses import next_token_loss
+from hovle_core.modeling import HovleForConditionalGeneration
+from hovle_core.processor import HovleProcessor
+from hovle_core.registry import Registry
+from hovle_data.mixture import Mixture
+from hovle_data.packing import PackedBatch
+from hovle_data.quarantine import Ledger
+from hovle_data.streams import Stream
+from hovle_train.build import build_hovle
+from hovle_train.config import Recipe, Section, Source, explain
+from hovle_train.runtime import Runtime
+
+Progress = Callable[[str, int, int], None]
+
+
+class Stage(ABC):
+    """One stage of one run. Made once a process, before anything is loaded.
+
+    Class attributes: `name`, as recipes call it; `Options`, what `stage.options` may hold; `target_kinds`, the names
+    of what its losses are sums over.
+    Raises ValueError for options that do not validate.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[Section]] = Section
+    target_kinds: ClassVar[tuple[str, ...]] = ("loss",)
+    processor: HovleProcessor  # set by the loop from `build`
+
+    def __init__(self, recipe: Recipe, registry: Registry):
+        self.recipe, self.registry = recipe, registry
+        try:
+            self.options: Any = self.Options.model_validate(recipe.stage.options)
+        except ValidationError as error:
+            raise ValueError(f"stage.options of {self.name!r} are not valid:\n{explain(error, self.Options)}") from None
+
+    @abstractmethod
+    def build(self) -> tuple[nn.Module, HovleProcessor]:
+        """The module that the loop trains (float32, on the CPU) and the processor."""
+
+    @abstractmethod
+    def trainable(self, module: nn.Module) -> Sequence[str]:
+        """Prefixes of parameter names that train; everything else is frozen and in eval."""
+
+    @abstractmethod
+    def stream(self, processor: HovleProcessor, ledger: Ledger) -> Stream:
+        """The samples, by global position."""
+
+    @abstractmethod
+    def targets(self, module: nn.Module, batch: PackedBatch) -> dict[str, int]:
+        """How many targets of each kind a batch has. The loop sums them over the step and over ranks."""
+
+    @abstractmethod
+    def loss(
+        self, module: nn.Module, batch: PackedBatch, totals: dict[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is optimized, and what is logged.
+
+        The first is the batch's share of the step's loss: each sum over targets divided by the global count in
+        `totals`. The second holds sums to be divided by `totals` of the same name for the log.
+        """
+
+    @abstractmethod
+    def export(self, module: nn.Module, processor: HovleProcessor, folder: Path) -> None:
+        """Write the finished checkpoint in transformers' format into `folder`."""
+
+    def setup(
+        self, module: nn.Module, processor: HovleProcessor, runtime: Runtime, progress: Progress | None = None
+    ) -> None:
+        """Anything that must be ready before the first step, such as teacher features. Runs on every rank."""
+        return None
+
+    def mixture(self, sources: Sequence[Source], field: str) -> Mixture:
+        """Open the sources of a recipe field. Raises ValueError naming the field if it is empty."""
+        if not sources:
+            raise ValueError(f"data.{field} is empty, and stage {self.name!r} reads it: name at least one source")
+        opened = [
+            (self.registry.build("dataset", source.name, path=source.path, **source.options), source.weight)
+            for source in sources
+        ]
+        return Mixture(opened, seed=self.recipe.seed)
+
+
+class NextTokenStage(Stage):
+    """What alignment and instruction tuning share: a HoVLE, and next-token prediction on targets."""
+
+    def build(self) -> tuple[HovleForConditionalGeneration, HovleProcessor]:
+        return build_hovle(self.recipe.model, self.registry, self.recipe.seed)
+
+    def targets(self, module: nn.Module, batch: PackedBatch) -> dict[str, int]:
+        return {"loss": batch.num_target_tokens}
+
+    def loss(self, module, batch, totals):
+        loss = next_token_loss(module, model_inputs(batch, self.processor), batch.labels)
+        return loss / totals["loss"], {"loss": loss.detach()}
+
+    def export(self, module: nn.Module, processor: HovleProcessor, folder: Path) -> None:
+        save_hovle(module, processor, folder)
+
+
+def model_inputs(batch: PackedBatch, processor: HovleProcessor) -> dict[str, Any]:
+    """A packed batch as a HoVLE's arguments; tiles travel as uint8 and are normalised on the device."""
+    tiles = batch.pixel_values
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "pixel_values": None if tiles is None else processor.image_processor.normalize(tiles),
+    }
+
+
+def save_hovle(model: nn.Module, processor: HovleProcessor, folder: Path) -> None:
+    """A finished HoVLE in transformers' format: config, safetensors, generation config and processor."""
+    model.config.use_cache = True
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def llm_is_tied(model: HovleForConditionalGeneration) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.language_model.get_input_embeddings().weight

@@ -1,0 +1,38 @@
+"""Instruction tuning: next-token prediction on answers, everything trains (paper, section 3.3)."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from hovle_core.processor import HovleProcessor
+from hovle_data.quarantine import Ledger
+from hovle_data.streams import PairStream, Stream
+from hovle_train.stages.base import NextTokenStage, llm_is_tied
+
+
+class InstructionTuning(NextTokenStage):
+    """Embedding and LLM learn to answer. Reads `data.sources` (conversations; pairs are taken too).
+
+    The one table that stays as it is: the LLM's own text embedding, which a HoVLE does not read, unless the LLM's
+    head is tied to it.
+    """
+
+    name = "instruction_tuning"
+
+    def trainable(self, module: nn.Module) -> Sequence[str]:
+        if llm_is_tied(module):
+            return ["embedding.", "language_model."]
+        unread = module.language_model.get_input_embeddings().weight
+        llm = [name for name, p in module.named_parameters() if name.startswith("language_model.") and p is not unread]
+        return ["embedding.", *llm]
+
+    def stream(self, processor: HovleProcessor, ledger: Ledger) -> Stream:
+        train = self.recipe.train
+        return PairStream(
+            self.mixture(self.recipe.data.sources, "sources"),
+            processor,
+            seed=self.recipe.seed,
+            max_tokens=train.micro_batch_tokens,
+            max_tiles=train.micro_batch_tiles,
+            ledger=ledger,
+        )

@@ -1,0 +1,73 @@
+"""Language modeling: pre-train or continue the bare LLM on text, through the same loop as every stage.
+
+No part of the paper, which takes a finished LLM. It makes small LLMs for machines and studies that need one.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from hovle_core.attention import Packing
+from hovle_core.config import HolisticEmbeddingConfig
+from hovle_core.losses import next_token_loss
+from hovle_core.processor import HovleProcessor
+from hovle_data.packing import PackedBatch
+from hovle_data.quarantine import Ledger
+from hovle_data.schema import Sample
+from hovle_data.streams import ConversationStream, Stream, TextStream
+from hovle_train.build import build_backbone, build_processor, build_tokenizer, prepare_for_training
+from hovle_train.stages.base import Stage
+
+
+class TextOrChatStream(ConversationStream):
+    """Plain text, and conversations without pictures; every token is a target in both."""
+
+    def encode(self, sample: Sample, k: int):
+        if sample.text is not None:
+            return TextStream.encode(self, sample, k)
+        encoded = super().encode(sample, k)
+        encoded.labels = encoded.input_ids.copy()
+        return encoded
+
+
+class LanguageModeling(Stage):
+    """Next-token prediction of the LLM alone. Reads `data.sources` (text, and conversations without pictures)."""
+
+    name = "language_modeling"
+
+    def build(self) -> tuple[nn.Module, HovleProcessor]:
+        model = build_backbone(self.recipe.model, self.registry).model()
+        prepare_for_training(model, self.recipe.model)
+        # Pictures never come here, but one processor encodes text for every stage; any tile size will do.
+        tokenizer = build_tokenizer(self.recipe.model, self.registry)
+        return model, build_processor(self.recipe.model, tokenizer, HolisticEmbeddingConfig())
+
+    def trainable(self, module: nn.Module) -> Sequence[str]:
+        return [""]
+
+    def stream(self, processor: HovleProcessor, ledger: Ledger) -> Stream:
+        return TextOrChatStream(
+            self.mixture(self.recipe.data.sources, "sources"),
+            processor,
+            seed=self.recipe.seed,
+            max_tokens=self.recipe.train.micro_batch_tokens,
+            ledger=ledger,
+        )
+
+    def targets(self, module: nn.Module, batch: PackedBatch) -> dict[str, int]:
+        return {"loss": batch.num_target_tokens}
+
+    def loss(self, module, batch, totals):
+        inputs = {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "packing": Packing.from_position_ids(batch.position_ids),
+        }
+        loss = next_token_loss(module, inputs, batch.labels)
+        return loss / totals["loss"], {"loss": loss.detach()}
+
+    def export(self, module: nn.Module, processor: HovleProcessor, folder: Path) -> None:
+        module.config.use_cache = True
+        module.save_pretrained(folder)
+        processor.tokenizer.save_pretrained(folder)

