@@ -28,13 +28,13 @@ class Numbers:
         return Sample(key=f"{self.name}{i}", text="words")
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.integers(1, 3000), st.integers(0, 2**64))
+@settings(max_examples=120, deadline=None)
+@given(st.integers(1, 1200), st.integers(0, 2**64))
 def test_permutation_is_a_bijection(n, seed):
     assert sorted(Permutation(n, seed)) == list(range(n))
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 33, 1000, 1024, 1025, 65537])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 33, 1000, 1024, 1025, 9000])
 def test_permutation_at_the_edges_of_powers_of_two(n):
     assert sorted(Permutation(n, seed=1)) == list(range(n))
 
@@ -176,7 +176,7 @@ def test_read_names_the_place_of_a_bad_sample():
 
 
 def test_light_modules_import_no_torch():
-    modules = ["schema", "index", "shards", "order", "mixture", "quarantine", "decode", "plugin"]
+    modules = ["schema", "index", "records", "shards", "order", "mixture", "quarantine", "decode", "plugin"]
     code = f"import sys, hovle_data\nfor m in {modules}: __import__('hovle_data.' + m)\n"
     code += "bad = {'torch', 'transformers', 'webdataset'} & set(sys.modules); assert not bad, bad"
     subprocess.run([sys.executable, "-c", code], check=True)

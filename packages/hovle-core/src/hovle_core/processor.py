@@ -113,9 +113,12 @@ class HovleProcessor(ProcessorMixin):
 
     def encode_image(self, image: Image.Image) -> Encoded:
         """A picture alone, no targets."""
-        tiles = [self.image_processor.tiles(image)]
-        ids = self._picture(len(tiles[0]))
-        return self._encoded(ids, [IGNORE_INDEX] * len(ids), tiles)
+        return self.encode_tiles(self.image_processor.tiles(image))
+
+    def encode_tiles(self, tiles: np.ndarray) -> Encoded:
+        """One picture's tiles `[N, S, S, 3]`, cut already, no targets."""
+        ids = self._picture(len(tiles))
+        return self._encoded(ids, [IGNORE_INDEX] * len(ids), [tiles])
 
     def text_ids(self, text: str) -> list[int]:
         """Plain text -> token ids; spelled-out special tokens stay text."""

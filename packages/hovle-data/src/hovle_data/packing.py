@@ -16,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from hovle_core.processor import Encoded
 
-NO_TARGET = -100
+IGNORE_INDEX = -100  # in labels: no target; as `hovle_core.processor` has it, which would load transformers
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def pack(samples: Sequence[Encoded], max_tokens: int, max_tiles: int) -> list[Pa
 def _batch(samples: Sequence[Encoded]) -> PackedBatch:
     labels = [sample.labels.copy() for sample in samples]
     for row in labels:
-        row[0] = NO_TARGET
+        row[0] = IGNORE_INDEX
     joined_labels = np.concatenate(labels)
     with_tiles = [sample.tiles for sample in samples if len(sample.tiles)]
     pixel_values = None
@@ -119,7 +119,7 @@ def _batch(samples: Sequence[Encoded]) -> PackedBatch:
         sample_lengths=[len(sample.input_ids) for sample in samples],
         keys=[sample.key for sample in samples],
         tile_keys=[f"{sample.key}#{tile}" for sample in samples for tile in range(len(sample.tiles))],
-        num_target_tokens=int((joined_labels != NO_TARGET).sum()),
+        num_target_tokens=int((joined_labels != IGNORE_INDEX).sum()),
     )
 
 

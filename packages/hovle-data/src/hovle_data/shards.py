@@ -1,12 +1,10 @@
 """WebDataset shards: plain tars, written by webdataset, readable by any of its readers, opened by byte offset.
 
-Sample K is K.json ({"text" | "messages", "images": count, "meta"}) and its pictures K.0.png, K.1.jpg, ...
-Members of other kinds in anyone's tars (.cls, .npy, .pyd, ...) are not looked at: nothing is ever unpickled.
+`records` says how a sample becomes members of a tar, `index` where they lie in it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -16,9 +14,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, BinaryIO
 
-from hovle_data.decode import image_suffix
 from hovle_data.index import (
     BLOCK,
     Record,
@@ -28,14 +26,10 @@ from hovle_data.index import (
     file_sha256,
     scan_shard,
 )
+from hovle_data.records import from_fields, to_fields
 from hovle_data.schema import BadSample, Sample
 
 logger = logging.getLogger(__name__)
-
-MAX_KEY_BYTES = 80  # a ustar name holds 100 bytes: key, number of the picture, suffix
-IMAGE_SUFFIXES = frozenset(
-    {"png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "avif"}
-)
 
 _NAME = re.compile(r"[\w-]+")
 
@@ -63,7 +57,7 @@ def write_shards(
         raise ValueError(f"name={name!r}: use letters, digits, '-' and '_'")
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard={samples_per_shard}: give at least 1")
-    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}-{token_hex(4)}")
     temporary.mkdir(parents=True)
     try:
         shards: list[ShardInfo] = []
@@ -85,7 +79,10 @@ def write_shards(
             encoder=False,
         ) as writer:
             for count, sample in enumerate(samples, 1):
-                writer.write(_fields(sample, keys))
+                if sample.key in keys:
+                    raise BadSample(sample.key, "", "key given twice")
+                writer.write(to_fields(sample))
+                keys.add(sample.key)
                 if progress is not None:
                     progress(count)
         if not keys:
@@ -101,40 +98,6 @@ def write_shards(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return index
-
-
-def _fields(sample: Sample, keys: set[str]) -> dict[str, str | bytes]:
-    """The tar members of one sample; adds its key to `keys`."""
-    key = sample.key
-    if not key or set(key) & set("./\\\0\n") or len(key.encode()) > MAX_KEY_BYTES:
-        raise BadSample(
-            key, "", f"bad key: {key!r} must be 1..{MAX_KEY_BYTES} bytes without dot, slash or line break"
-        )
-    if key in keys:
-        raise BadSample(key, "", "key given twice")
-    sample.validate()
-    keys.add(key)
-    record: dict[str, Any] = {}
-    if sample.text is not None:
-        record["text"] = sample.text
-    if sample.messages is not None:
-        record["messages"] = list(sample.messages)
-    record["images"] = len(sample.images)  # so that a lost picture is noticed
-    if sample.meta:
-        record["meta"] = dict(sample.meta)
-    try:
-        fields: dict[str, str | bytes] = {
-            "__key__": key,
-            "json": json.dumps(record, ensure_ascii=False).encode(),
-        }
-    except (TypeError, ValueError) as error:
-        raise BadSample(key, "", f"does not fit into json: {error}") from error
-    for number, image in enumerate(sample.images):
-        suffix = image_suffix(image)
-        if suffix is None:
-            raise BadSample(key, "", f"not a known image format: image {number} starts with {image[:8]!r}")
-        fields[f"{number}.{suffix}"] = image
-    return fields
 
 
 class ShardSource:
@@ -174,7 +137,7 @@ class ShardSource:
         where = self._where(shard)
         if record.problem is not None:
             raise BadSample(record.key, where, record.problem)
-        return _sample(record.key, where, self._read(shard, record, where))
+        return from_fields(record.key, where, self._read(shard, record, where))
 
     def key(self, i: int) -> str:
         """Key of sample i, without reading it."""
@@ -273,46 +236,3 @@ def _is_header(block: bytes, key: str, size: int) -> bool:
         return False
     # The block holds at most 100 bytes, in some formats only ASCII; other names are in a header before it.
     return info.size == size and (len(key) > 90 or not key.isascii() or info.name.startswith(key + "."))
-
-
-def _sample(key: str, source: str, fields: dict[str, bytes]) -> Sample:
-    """Members by field name -> Sample, without decoding pictures."""
-    record: Any = {}
-    text = None
-    if "json" in fields:
-        try:
-            record = json.loads(fields["json"].decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise BadSample(key, source, f"json is not UTF-8: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise BadSample(key, source, f"bad json: {error}") from error
-        if not isinstance(record, dict):
-            raise BadSample(key, source, f"bad json: {type(record).__name__} where an object belongs")
-        text = record.get("text")
-    elif "txt" in fields:
-        try:
-            text = fields["txt"].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BadSample(key, source, f"txt is not UTF-8: {error}") from error
-    pictures = sorted((f for f in fields if f.rpartition(".")[2].lower() in IMAGE_SUFFIXES), key=_natural)
-    count = record.get("images")
-    if isinstance(count, int) and count != len(pictures):
-        raise BadSample(key, source, f"missing image: {len(pictures)} of {count} are in the shard")
-    messages = record.get("messages")
-    if messages is not None and not isinstance(messages, list):
-        raise BadSample(key, source, f"bad json: messages is {type(messages).__name__} where a list belongs")
-    meta = record.get("meta")
-    if meta is not None and not isinstance(meta, dict):
-        raise BadSample(key, source, f"bad json: meta is {type(meta).__name__} where an object belongs")
-    return Sample(
-        key=key,
-        images=tuple(fields[picture] for picture in pictures),
-        text=text,
-        messages=None if messages is None else tuple(messages),
-        meta=meta or {},
-    )
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """0.png, 2.png, 10.png in the order of a person."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

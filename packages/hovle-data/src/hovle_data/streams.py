@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from hovle_data.decode import decode_image
 from hovle_data.mixture import Draw, Mixture
 from hovle_data.order import hash64, uniform
+from hovle_data.packing import IGNORE_INDEX
 from hovle_data.quarantine import Ledger
 from hovle_data.schema import BadSample, Sample
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from hovle_core.processor import Encoded
-
-NO_TARGET = -100  # in labels: a token that the loss does not count
 
 
 class Processor(Protocol):
@@ -100,7 +99,7 @@ class ConversationStream(Stream):
         encoded = self.processor.encode(
             sample.messages, images=[decode_image(image) for image in sample.images]
         )
-        if not (encoded.labels[1:] != NO_TARGET).any():
+        if not (encoded.labels[1:] != IGNORE_INDEX).any():
             raise _refuse("nothing to learn: no answer in the conversation")
         return encoded
 
@@ -170,7 +169,7 @@ class UnpairedStream(Stream):
         picture_first = hash64("coin", self.seed, k) & 1
         parts = (picture.input_ids, text_ids) if picture_first else (text_ids, picture.input_ids)
         input_ids = np.concatenate(parts)
-        return replace(picture, input_ids=input_ids, labels=np.full_like(input_ids, NO_TARGET))
+        return replace(picture, input_ids=input_ids, labels=np.full_like(input_ids, IGNORE_INDEX))
 
     def _tokenize(self, j: int, i: int) -> NDArray[np.int64]:
         where = self.texts.where(j, i)

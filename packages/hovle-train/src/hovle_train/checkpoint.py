@@ -15,16 +15,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
 logger = logging.getLogger(__name__)
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
 
 
 def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -47,10 +41,9 @@ def save(
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
     save_file(trainable_state(module), temporary / MODEL)
-    tensors, scalars = _flat_optimizer_state(module, optimizers)
-    save_file(tensors, temporary / OPTIMIZER)
+    save_file(optimizer_state(module, optimizers), temporary / OPTIMIZER)
     sizes = {name: (temporary / name).stat().st_size for name in (MODEL, OPTIMIZER)}
-    content = {"step": step, "optimizer_scalars": scalars, "sizes": sizes, **state}
+    content = {"step": step, "sizes": sizes, **state}
     (temporary / STATE).write_text(json.dumps(content, indent=1))
     sync_folder(temporary)
     if target.exists():
@@ -105,12 +98,31 @@ def load(path: Path, module: nn.Module, optimizers: Iterable[torch.optim.Optimiz
         for name, parameter in own.items():
             parameter.copy_(saved[name])
     state = json.loads((path / STATE).read_text())
-    flat = {**load_file(path / OPTIMIZER), **state.pop("optimizer_scalars")}
-    set_optimizer_state_dict(module, list(optimizers), optim_state_dict=flat, options=_OPTIONS)
+    load_optimizer_state(module, optimizers, load_file(path / OPTIMIZER))
     return state
 
 
-def _flat_optimizer_state(module, optimizers) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    flat = get_optimizer_state_dict(module, list(optimizers), options=_OPTIONS)
-    tensors = {name: value.contiguous() for name, value in flat.items() if isinstance(value, torch.Tensor)}
-    return tensors, {name: value for name, value in flat.items() if not isinstance(value, torch.Tensor)}
+def optimizer_state(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """What optimizers remember of each parameter, as `<kind>/<parameter name>` (`exp_avg/head.weight`).
+
+    Their settings are the recipe's and the step's, and are not stored.
+    """
+    names = {p: name for name, p in module.named_parameters()}
+    return {
+        f"{kind}/{names[p]}": value.detach().cpu().contiguous()
+        for optimizer in optimizers
+        for p, state in optimizer.state.items()
+        for kind, value in state.items()
+    }
+
+
+def load_optimizer_state(
+    module: nn.Module, optimizers: Iterable[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Restore what `optimizer_state` gave, on the parameters' devices."""
+    parameters = dict(module.named_parameters())
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for key, value in tensors.items():
+        kind, name = key.split("/", 1)
+        p = parameters[name]
+        owner[p].state[p][kind] = value.to(p.device)

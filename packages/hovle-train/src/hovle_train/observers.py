@@ -16,7 +16,7 @@ def log_to_wandb(run: Run, step: int, metrics: Mapping[str, Any]) -> None:
 
     if wandb.run is None or wandb.run.id != _id(run):
         if wandb.run is not None:
-            wandb.finish(quiet=True)
+            wandb.finish()
         wandb.init(
             project=settings["project"],
             name=run.dir.name,
@@ -37,7 +37,7 @@ def finish_wandb(run: Run) -> None:
     import wandb
 
     if wandb.run is not None and wandb.run.id == _id(run):
-        wandb.finish(quiet=True)
+        wandb.finish()
 
 
 def _id(run: Run) -> str:

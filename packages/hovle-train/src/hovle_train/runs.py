@@ -1,12 +1,24 @@
-"""The folder of a run, and where a checkpoint is when somebody names a run."""
+"""The folder of a run: what lies where in it."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FINAL = "final"
-RECIPE_FILE = "recipe.yaml"
+from hovle_core.runs import FINAL, RECIPE_FILE, is_finished, resolve_checkpoint
+
+__all__ = [
+    "FINAL",
+    "METRICS_FILE",
+    "RECIPE_FILE",
+    "STATUS_FILE",
+    "SUMMARY_FILE",
+    "Run",
+    "is_finished",
+    "read_summary",
+    "resolve_checkpoint",
+]
+
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 # A few words on long work before the first step, for whoever follows the run.
@@ -27,23 +39,6 @@ class Run:
         return self.dir / FINAL
 
 
-def is_finished(run_dir: str | Path) -> bool:
-    return (Path(run_dir) / FINAL / "config.json").is_file()
-
-
 def read_summary(run_dir: str | Path) -> dict[str, Any]:
     """What a finished run wrote down about itself. Raises FileNotFoundError where it has not finished."""
     return json.loads((Path(run_dir) / SUMMARY_FILE).read_text())
-
-
-def resolve_checkpoint(path: str) -> str:
-    """A checkpoint folder, a finished run's folder, or anything else (a hub id) as it is.
-
-    Raises ValueError for a run that has not finished.
-    """
-    folder = Path(path)
-    if (folder / FINAL / "config.json").is_file():
-        return str(folder / FINAL)
-    if (folder / RECIPE_FILE).is_file():
-        raise ValueError(f"run {path!r} has not finished: resume it with `hovle train {folder / RECIPE_FILE}`")
-    return path

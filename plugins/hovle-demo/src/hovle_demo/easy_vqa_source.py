@@ -56,7 +56,8 @@ def load_easy_vqa(
             progress(done, len(files))
     rows = json.loads((root / split / "questions.json").read_text(encoding="utf-8"))
     questions = [
-        Question(text, answer, _key(split, picture), number) for number, (text, answer, picture) in enumerate(rows)
+        Question(text, answer, _key(split, picture), number)
+        for number, (text, answer, picture) in enumerate(rows)
     ]
     return EasyVqa(pictures, [question for question in questions if question.picture in pictures])
 
@@ -93,7 +94,9 @@ def describe(questions: Iterable[Question]) -> dict[str, str]:
                     f"{question.picture} ({kind} {word} or {seen[question.picture][kind]}); reinstall the package"
                 )
     return {
-        key: f"a {parts['color']} {parts['shape']}" for key, parts in seen.items() if {"color", "shape"} <= set(parts)
+        key: f"a {parts['color']} {parts['shape']}"
+        for key, parts in seen.items()
+        if {"color", "shape"} <= set(parts)
     }
 
 

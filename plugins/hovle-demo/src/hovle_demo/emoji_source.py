@@ -34,12 +34,12 @@ def svg_files() -> dict[str, Path]:
 
 
 def flag_code(iso: str) -> str:
-    """"fr" -> "1F1EB-1F1F7"."""
+    """ "fr" -> "1F1EB-1F1F7"."""
     return "-".join(f"{0x1F1E6 + ord(letter) - ord('a'):X}" for letter in iso)
 
 
 def iso_of(code: str) -> str | None:
-    """"1F1EB-1F1F7" -> "fr"; None for what is not a country's flag."""
+    """ "1F1EB-1F1F7" -> "fr"; None for what is not a country's flag."""
     if not _COUNTRY_FLAG.fullmatch(code):
         return None
     return "".join(chr(int(part, 16) - 0x1F1E6 + ord("a")) for part in code.split("-"))
@@ -76,7 +76,9 @@ def load_emojis(limit: int | None = None, progress: Callable[[int, int], None] |
 def _english_names() -> dict[str, str]:
     """Code points -> "hot dog", for every fully qualified emoji."""
     names = {
-        _code([f"{ord(character):04X}" for character in characters]): str(data["en"]).strip(":").replace("_", " ")
+        _code([f"{ord(character):04X}" for character in characters]): str(data["en"])
+        .strip(":")
+        .replace("_", " ")
         for characters, data in emoji.EMOJI_DATA.items()
         if data["status"] == _FULLY_QUALIFIED
     }

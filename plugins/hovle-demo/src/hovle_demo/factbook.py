@@ -105,7 +105,7 @@ def _first(markup: str) -> str | None:
 
 
 def _flag_parts(markup: str) -> dict[str, str]:
-    """"<strong>description:</strong> ...<br><strong>meaning:</strong> ..." -> {"description": ..., "meaning": ...}."""
+    """ "<strong>description:</strong> ...<br><strong>meaning:</strong> ..." -> {"description": ..., "meaning": ...}."""
     pieces = _FLAG_PART.split(markup)
     parts = {label: clean(text) for label, text in zip(pieces[1::2], pieces[2::2], strict=True)}
     return {label: text for label, text in parts.items() if text}

@@ -40,7 +40,9 @@ class Flag:
         return tuple(dict.fromkeys(_COLORS.findall((self.description or "").lower())))
 
 
-def load_flags(countries: Sequence[Country], progress: Callable[[int, int], None] | None = None) -> list[Flag]:
+def load_flags(
+    countries: Sequence[Country], progress: Callable[[int, int], None] | None = None
+) -> list[Flag]:
     """One entry a look, sorted by group ("ro-td"); `countries` are those of `load_countries`."""
     by_iso: dict[str, list[Country]] = defaultdict(list)
     for country in countries:

@@ -3,9 +3,9 @@
 import io
 from collections.abc import Iterable, Mapping, Sequence
 
-from hovle_data.schema import Sample
 from PIL import Image
 
+from hovle_data.schema import Sample
 from hovle_demo.picture import pixel_digest
 
 

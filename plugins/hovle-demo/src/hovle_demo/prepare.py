@@ -10,7 +10,6 @@ from typing import Any
 
 from hovle_data.schema import Sample
 from hovle_data.shards import write_shards
-
 from hovle_demo.leaks import check_no_leak
 from hovle_demo.packages import ALL
 from hovle_demo.sample_sets import HELD_OUT_SETS, TRAIN_SETS, build_sets
@@ -82,9 +81,13 @@ def _fingerprint(seed: int, limit: int | None) -> str:
 
 
 def _write_set(samples: Sequence[Sample], folder: Path, progress: Progress | None) -> dict[str, Any]:
-    shutil.rmtree(folder, ignore_errors=True)
+    # The old one, and what a process that was killed left behind.
+    for stale in (folder, *folder.parent.glob(f"{folder.name}.tmp-*")):
+        shutil.rmtree(stale, ignore_errors=True)
     task, total = f"write {folder.name}", len(samples)
-    index = write_shards(samples, folder, progress=(lambda done: progress(task, done, total)) if progress else None)
+    index = write_shards(
+        samples, folder, progress=(lambda done: progress(task, done, total)) if progress else None
+    )
     return {
         "samples": len(samples),
         "kind": samples[0].kind,

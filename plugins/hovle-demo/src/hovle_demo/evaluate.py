@@ -1,0 +1,225 @@
+"""The demo's table: what the finished model sees, and what it does not, with blind and shuffled controls.
+
+Blind baselines are those of the data's own test split: the best answer that a question alone allows.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from hovle_core.attention import PACKED_ATTENTION
+from hovle_core.modeling import HovleForConditionalGeneration
+from hovle_core.processor import Encoded, HovleProcessor
+from hovle_core.registry import Registry
+from hovle_data.decode import decode_image
+from hovle_data.schema import Sample
+from hovle_data.shards import ShardSource
+from hovle_demo.report import Example, Row
+from hovle_train import evaluate as metrics
+
+Progress = Callable[[str, int, int], None]
+
+NUM_YES_NO = 2000  # of the 7,136 yes/no test questions, a seeded sample
+NUM_EXAMPLES = 24
+STAGES = ("distillation", "alignment", "instruction_tuning")
+BLIND_OPEN, BLIND_YES_NO = "blind 0.233", "blind 0.825"
+
+
+@dataclass
+class Evaluation:
+    """Rows of the table, the numbers by key for results.json, and pictures to show."""
+
+    rows: list[Row] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    examples: list[Example] = field(default_factory=list)
+
+    def add(self, key: str, group: str, name: str, value: float, unit: str, count: int, baseline: str = "") -> None:
+        self.rows.append(Row(group, name, value, unit, baseline, count))
+        self.numbers[key] = round(value, 4)
+
+
+@dataclass
+class Models:
+    """A finished run's model with its processor, in eval, attending as in training."""
+
+    model: HovleForConditionalGeneration
+    processor: HovleProcessor
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> "Models":
+        model = HovleForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        model.set_attn_implementation(PACKED_ATTENTION)
+        return cls(model, HovleProcessor.from_pretrained(checkpoint))
+
+
+def evaluate(
+    runs: Path, shards: Path, llm: Path, teacher: dict[str, Any], registry: Registry, seed: int, progress: Progress
+) -> Evaluation:
+    """Score the stages in `runs` (folders with `final/`) on the test sets in `shards`."""
+    result = Evaluation()
+    finished = {stage: Models.load(runs / stage / "final") for stage in STAGES}
+    last = finished["instruction_tuning"]
+    _easy_vqa(result, last, shards, seed, progress)
+    _emoji(result, last, shards, progress)
+    _flags(result, last, shards, seed)
+    _teachers(result, finished["distillation"], runs / "distillation" / "final", shards, teacher, registry)
+    _language(result, finished, llm, shards)
+    return result
+
+
+def _images(sample: Sample) -> list:
+    return [decode_image(image) for image in sample.images]
+
+
+def _shuffled(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """Each sample with another one's picture: questions of one picture are moved together, to a different picture."""
+    by_picture: dict[Any, list[int]] = {}
+    for i, sample in enumerate(samples):
+        by_picture.setdefault(sample.images[0], []).append(i)
+    pictures = list(by_picture)
+    random.Random(seed).shuffle(pictures)
+    moved = dict(zip(pictures, pictures[1:] + pictures[:1], strict=True))
+    return [
+        Sample(sample.key, (moved[sample.images[0]],), sample.text, sample.messages, sample.meta) for sample in samples
+    ]
+
+
+def _prompts(processor: HovleProcessor, samples: Sequence[Sample]) -> list[Encoded]:
+    return [processor.encode(sample.messages[:1], _images(sample), add_generation_prompt=True) for sample in samples]
+
+
+def accuracy(given: Sequence[str], samples: Sequence[Sample]) -> float:
+    """Share of answers that are the true one, letter case aside."""
+    hits = [answer.casefold() == sample.meta["answer"].casefold() for answer, sample in zip(given, samples, strict=True)]
+    return sum(hits) / len(hits)
+
+
+def _easy_vqa(result: Evaluation, models: Models, shards: Path, seed: int, progress: Progress) -> None:
+    sets = {"open": list(ShardSource(shards / "vqa_test_open")), "yes_no": list(ShardSource(shards / "vqa_test_yes_no"))}
+    sets["yes_no"] = random.Random(seed).sample(sets["yes_no"], min(NUM_YES_NO, len(sets["yes_no"])))
+    for kind, samples in sets.items():
+        baseline, name = (BLIND_OPEN, "open questions") if kind == "open" else (BLIND_YES_NO, "yes/no questions")
+        for key, picture, asked in (
+            (f"easy_vqa_{kind}", "right picture", samples),
+            (f"easy_vqa_{kind}_shuffled", "shuffled pictures", _shuffled(samples, seed)),
+        ):
+            label = f"easy-VQA {name}, {picture}"
+            given = metrics.answers(
+                models.model,
+                models.processor,
+                _prompts(models.processor, asked),
+                progress=lambda done, total, label=label: progress(label, done, total),
+            )
+            result.add(key, "easy-VQA", f"{name}, {picture}", accuracy(given, asked), "accuracy", len(asked), baseline)
+            if picture == "right picture":
+                _show(result, asked, given, seed)
+                result.numbers[f"{key}_by_answer"] = _by_answer(given, asked)
+
+
+def _show(result: Evaluation, samples: Sequence[Sample], given: Sequence[str], seed: int) -> None:
+    for i in random.Random(seed).sample(range(len(samples)), min(NUM_EXAMPLES // 3, len(samples))):
+        meta = samples[i].meta
+        result.examples.append(Example(samples[i].images[0], meta["question"], given[i], meta["answer"]))
+
+
+def _by_answer(given: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
+    """Accuracy for each true answer: where a model that guesses gives itself away."""
+    by_answer: dict[str, list[bool]] = {}
+    for answer, sample in zip(given, samples, strict=True):
+        truth = sample.meta["answer"]
+        by_answer.setdefault(truth, []).append(answer.casefold() == truth.casefold())
+    return {truth: round(sum(hits) / len(hits), 3) for truth, hits in sorted(by_answer.items())}
+
+
+def _emoji(result: Evaluation, models: Models, shards: Path, progress: Progress) -> None:
+    """Unseen concepts: is the true name likelier a token than nine others? With the picture of another as control."""
+    samples = list(ShardSource(shards / "emoji_test"))
+    for key, name, asked in (
+        ("emoji_ranking", "unseen concepts, true name among 10", samples),
+        ("emoji_ranking_shuffled", "the same with shuffled pictures", _shuffled(samples, 0)),
+    ):
+        candidates = []
+        for sample in asked:
+            (image,) = _images(sample)
+            for candidate in [sample.meta["name"], *sample.meta["distractors"]]:
+                candidates.append(
+                    models.processor.encode(
+                        [
+                            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+                            {"role": "assistant", "content": candidate},
+                        ],
+                        [image],
+                    )
+                )
+        losses = metrics.target_losses(
+            models.model, models.processor, candidates, progress=lambda done, total: progress("emoji", done, total)
+        )
+        ranks = [metrics.rank_of_first(losses[i : i + 10]) for i in range(0, len(losses), 10)]
+        hits = sum(rank == 0 for rank in ranks) / len(ranks)
+        result.add(key, "Emoji", name, hits, "accuracy", len(ranks), "chance 0.10")
+    prompts = [
+        models.processor.encode(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}],
+            _images(sample),
+            add_generation_prompt=True,
+        )
+        for sample in samples[: NUM_EXAMPLES // 3]
+    ]
+    for sample, answer in zip(samples, metrics.answers(models.model, models.processor, prompts), strict=False):
+        result.examples.append(Example(sample.images[0], "What is this? (unseen)", answer, sample.meta["name"]))
+
+
+def _flags(result: Evaluation, models: Models, shards: Path, seed: int) -> None:
+    samples = list(ShardSource(shards / "captions_flags_test"))
+    for key, name, asked in (
+        ("flag_caption_loss", "held-out descriptions, right flag", samples),
+        ("flag_caption_loss_shuffled", "held-out descriptions, shuffled flags", _shuffled(samples, seed)),
+    ):
+        encoded = [
+            models.processor.encode(
+                [
+                    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe this flag."}]},
+                    {"role": "assistant", "content": sample.text},
+                ],
+                _images(sample),
+            )
+            for sample in asked
+        ]
+        losses = metrics.target_losses(models.model, models.processor, encoded)
+        mean = sum(loss for loss, _ in losses) / sum(count for _, count in losses)
+        result.add(key, "Flags", name, mean, "nats a token", len(asked))
+
+
+def _teachers(
+    result: Evaluation, models: Models, checkpoint: Path, shards: Path, teacher: dict, registry: Registry
+) -> None:
+    """After distillation, on pictures and prose that no stage has seen."""
+    encoder = registry.build("teacher", teacher["name"], **teacher.get("options", {})).eval()
+    pictures = [*ShardSource(shards / "emoji_test")]
+    seen: dict[bytes, None] = {sample.images[0]: None for sample in ShardSource(shards / "vqa_test_open")}
+    unique = [sample.images[0] for sample in pictures] + list(seen)[:500]
+    tiles = np.concatenate([models.processor.image_processor.tiles(decode_image(image)) for image in unique])
+    cosine = metrics.image_cosine(models.model, models.processor, encoder, checkpoint, tiles)
+    result.add("image_cosine", "Teachers", "unseen pictures to the vision teacher", cosine, "cosine", len(unique))
+    texts = [sample.text for sample in ShardSource(shards / "text_heldout")][:200]
+    cosine = metrics.text_cosine(models.model, models.processor, texts)
+    result.add("text_cosine", "Teachers", "unseen prose to the LLM's embedding", cosine, "cosine", len(texts))
+
+
+def _language(result: Evaluation, finished: dict[str, Models], llm: Path, shards: Path) -> None:
+    """Does the LLM keep its language? Perplexity on prose about countries that no stage has read."""
+    texts = [sample.text for sample in ShardSource(shards / "text_heldout")]
+    plain = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32, attn_implementation=PACKED_ATTENTION)
+    any_processor = finished["distillation"].processor
+    value = metrics.perplexity(plain, any_processor, texts)
+    result.add("perplexity_llm", "Language", "held-out countries' prose, plain LLM", value, "perplexity", len(texts))
+    for stage, models in finished.items():
+        value = metrics.perplexity(models.model, models.processor, texts)
+        name = f"the same, HoVLE after {stage.replace('_', ' ')}"
+        result.add(f"perplexity_{stage}", "Language", name, value, "perplexity", len(texts))

@@ -1,0 +1,203 @@
+"""Each stage: what trains, what does not, that it learns, and that a stop does not show."""
+
+import json
+
+import pytest
+import torch
+from hovle_core import HovleForConditionalGeneration, HovleProcessor
+from hovle_data.quarantine import Ledger
+from hovle_train import checkpoint
+from hovle_train.freeze import freeze_except
+from hovle_train.loop import Trainer
+from hovle_train.metrics import read_metrics
+from hovle_train.runs import is_finished, read_summary
+from hovle_train.runtime import Runtime
+from safetensors.torch import load_file
+
+STAGES = ("language_modeling", "distillation", "alignment", "instruction_tuning")
+LLM = "language_model."
+
+
+def prepared(recipe, plugins):
+    trainer = Trainer(recipe, plugins, Runtime())
+    trainer.prepare()
+    return trainer
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_frozen_stays_and_trainable_learns(stage, make_recipe, plugins):
+    trainer = prepared(make_recipe(stage), plugins)
+    before = {name: p.detach().clone() for name, p in trainer.module.named_parameters()}
+    gradients = {}
+    for name, p in trainer.module.named_parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p, n=name: gradients.__setitem__(n, p.grad.clone()))
+    batches = trainer.loader(Ledger()).batches(0)
+    trainer.step(0, batches)
+    # Behind projections that start at zero gradients are zero in the first step, and only there.
+    trainer.step(1, batches)
+    for name, p in trainer.module.named_parameters():
+        if p.requires_grad:
+            assert gradients[name].abs().max() > 0, f"{name} has no gradient"
+            assert not torch.equal(p, before[name]), f"{name} did not move"
+        else:
+            assert torch.equal(p, before[name]), f"{name} is frozen and moved"
+            assert p.grad is None
+
+
+def test_what_each_stage_trains(make_recipe, plugins):
+    expected = {
+        "distillation": lambda name: name.startswith(("model.embedding.", "head.")),
+        "alignment": lambda name: name.startswith("embedding."),
+        "instruction_tuning": lambda name: True,
+    }
+    for stage, trains in expected.items():
+        trainer = prepared(make_recipe(stage), plugins)
+        for name, p in trainer.module.named_parameters():
+            assert p.requires_grad == trains(name), (stage, name)
+    frozen = prepared(make_recipe("alignment"), plugins).module
+    frozen.train()
+    freeze_except(frozen, ["embedding."])
+    assert not frozen.language_model.training
+    assert frozen.embedding.layers[0].training
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_overfits_one_batch(stage, make_recipe, plugins):
+    recipe = make_recipe(stage, optim={"lr": 1e-2, "warmup_steps": 1, "schedule": "constant"})
+    trainer = prepared(recipe, plugins)
+    batches = trainer.loader(Ledger()).batches(0)
+    logged = [trainer.step(step, batches) for step in range(60)]
+    if stage == "distillation":
+        assert logged[-1]["image_cosine"] > 0.9 > logged[0]["image_cosine"] + 0.2
+        assert logged[-1]["text_cosine"] > 0.99
+    else:
+        assert logged[-1]["loss"] < 0.25 * logged[0]["loss"]
+
+
+class Killed(Exception):
+    """Stands for a SIGKILL between two steps."""
+
+
+def kill_after(trainer, steps):
+    """Let the trainer die after so many steps of its own."""
+    inner, left = trainer.step, [steps]
+
+    def step(*args):
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        return inner(*args)
+
+    trainer.step = step
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_equals_uninterrupted(stage, make_recipe, plugins, tmp_path):
+    """Bit for bit, on one thread or many; killed twice, once off a checkpoint."""
+    whole = make_recipe(stage, run_dir=str(tmp_path / "whole"))
+    Trainer(whole, plugins, Runtime()).run()
+    broken = make_recipe(stage, run_dir=str(tmp_path / "broken"))
+    for steps in (3, 1):
+        trainer = Trainer(broken, plugins, Runtime())
+        kill_after(trainer, steps)
+        with pytest.raises(Killed):
+            trainer.run()
+        assert not is_finished(broken.path)
+    Trainer(broken, plugins, Runtime()).run()
+    a, b = (load_file(recipe.path / "final" / "model.safetensors") for recipe in (whole, broken))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    deterministic = ("step", "lr", "grad_norm", "loss", "image_cosine", "text_cosine")
+    curves = [
+        [{k: v for k, v in line.items() if k in deterministic} for line in read_metrics(r.path / "metrics.jsonl")]
+        for r in (whole, broken)
+    ]
+    assert curves[0] == curves[1]
+    assert [line["step"] for line in curves[0]] == list(range(6))
+
+
+def test_a_torn_checkpoint_is_passed_over(make_recipe, plugins, tmp_path):
+    recipe = make_recipe("alignment", train={"keep_checkpoints": 5})
+    trainer = Trainer(recipe, plugins, Runtime())
+    kill_after(trainer, 5)
+    with pytest.raises(Killed):
+        trainer.run()
+    newest = checkpoint.complete_checkpoints(trainer.checkpoints)[-1]
+    content = (newest / "model.safetensors").read_bytes()
+    (newest / "model.safetensors").write_bytes(content[: len(content) // 2])
+    again = Trainer(recipe, plugins, Runtime())
+    again.prepare()
+    assert again.resume() == 2
+
+
+def test_another_recipe_does_not_resume(make_recipe, plugins):
+    recipe = make_recipe("alignment")
+    trainer = Trainer(recipe, plugins, Runtime())
+    kill_after(trainer, 3)
+    with pytest.raises(Killed):
+        trainer.run()
+    recipe.seed = 5
+    with pytest.raises(ValueError, match="seed is 5, but the checkpoint"):
+        Trainer(recipe, plugins, Runtime()).run()
+    wider = make_recipe("alignment", model={"embedding": {"num_hidden_layers": 3, "image_size": 56}})
+    with pytest.raises(ValueError, match="does not fit this recipe"):
+        Trainer(wider, plugins, Runtime()).run()
+
+
+def test_stages_start_from_each_other_and_what_is_finished_stays(make_recipe, plugins, tmp_path):
+    parent = None
+    for stage in STAGES[1:]:
+        model = {"init_from": parent, "backbone": None, "embedding": {}} if parent else {}
+        recipe = make_recipe(stage, run_dir=str(tmp_path / stage), model=model)
+        Trainer(recipe, plugins, Runtime()).run()
+        assert read_summary(recipe.path)["parent"] == parent
+        parent = str(recipe.path)
+    final = tmp_path / "instruction_tuning" / "final"
+    HovleForConditionalGeneration.from_pretrained(final)
+    assert HovleProcessor.from_pretrained(final).tokens_per_tile == 4
+    stamp = (final / "model.safetensors").stat().st_mtime_ns
+    Trainer(recipe, plugins, Runtime()).run()
+    assert (final / "model.safetensors").stat().st_mtime_ns == stamp
+    card = json.loads((final / "hovle_run.json").read_text())
+    assert card["plugins"]["core"].startswith("hovle-core ")
+    assert card["recipe"]["stage"]["name"] == "instruction_tuning"
+
+
+def test_cached_teacher_features_equal_those_of_the_teacher(make_recipe, plugins, tmp_path):
+    online = prepared(make_recipe("distillation"), plugins)
+    recipe = make_recipe(
+        "distillation",
+        run_dir=str(tmp_path / "cached"),
+        options={"teacher": {"name": "grid"}, "cache_features": True},
+    )
+    cached = prepared(recipe, plugins)
+    batch = online.loader(Ledger()).batches(0)[0]
+    a = online.stage.features.get(batch.tile_keys, batch.pixel_values)
+    b = cached.stage.features.get(batch.tile_keys, batch.pixel_values)
+    torch.testing.assert_close(a, b, atol=2e-3, rtol=0)  # the store is float16
+    assert a.abs().max() > 0.1
+
+
+def test_not_finite_stops_before_the_update_and_names_samples(make_recipe, plugins):
+    trainer = prepared(make_recipe("alignment"), plugins)
+    batches = trainer.loader(Ledger()).batches(0)
+    with torch.no_grad():
+        trainer.module.embedding.patch_embed.patch_embedding.bias.fill_(float("inf"))
+    before = trainer.module.embedding.embed_tokens.weight.detach().clone()
+    with pytest.raises(FloatingPointError, match="pairs/p"):
+        trainer.step(0, batches)
+    assert torch.equal(before, trainer.module.embedding.embed_tokens.weight)
+
+
+def test_micro_batches_do_not_change_the_step(make_recipe, plugins, tmp_path):
+    """One long packed row, or many short ones: the same gradient, since targets are counted over the step."""
+    results = []
+    for tokens in (64, 4096):
+        recipe = make_recipe("alignment", train={"micro_batch_tokens": tokens})
+        trainer = prepared(recipe, plugins)
+        batches = trainer.loader(Ledger()).batches(0)
+        results.append((len(batches), trainer.step(0, batches)))
+    assert results[0][0] > results[1][0] == 1
+    for name in ("loss", "grad_norm"):
+        assert results[0][1][name] == pytest.approx(results[1][1][name], rel=1e-5)
