@@ -92,12 +92,16 @@ def kill_after(trainer, steps):
     trainer.step = step
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_resumed_equals_uninterrupted(stage, make_recipe, plugins, tmp_path):
-    """Bit for bit, on one thread or many; killed twice, once off a checkpoint."""
-    whole = make_recipe(stage, run_dir=str(tmp_path / "whole"))
+@pytest.mark.parametrize(
+    ("stage", "precision", "optimizer"),
+    [*((stage, "float32", "adamw") for stage in STAGES), ("instruction_tuning", "bfloat16", "muon")],
+)
+def test_resumed_equals_uninterrupted(stage, precision, optimizer, make_recipe, plugins, tmp_path):
+    """Bit for bit; killed twice, once off a checkpoint."""
+    sections = {"train": {"precision": precision}, "optim": {"name": optimizer}}
+    whole = make_recipe(stage, run_dir=str(tmp_path / "whole"), **sections)
     Trainer(whole, plugins, Runtime()).run()
-    broken = make_recipe(stage, run_dir=str(tmp_path / "broken"))
+    broken = make_recipe(stage, run_dir=str(tmp_path / "broken"), **sections)
     for steps in (3, 1):
         trainer = Trainer(broken, plugins, Runtime())
         kill_after(trainer, steps)

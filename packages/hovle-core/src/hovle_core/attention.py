@@ -24,38 +24,48 @@ LONGEST_GROUPED_SAMPLE = 192
 GROUP_LENGTH_SHARE = 0.75
 
 
-class _Scatter(torch.autograd.Function):
-    """`x [T, C]` -> zeros `[rows, C]` with x at `where`; the backward is a plain gather, not an index_add."""
+class _Move(torch.autograd.Function):
+    """`x [R, C]` -> zeros `[rows, C]` with row `source[i]` of x at row `target[i]`.
+
+    Indices are unique, so that the backward is the same move in reverse and not a slow accumulating one.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, where: Tensor, rows: int) -> Tensor:
-        ctx.save_for_backward(where)
-        out = x.new_zeros(rows, *x.shape[1:])
-        out[where] = x
-        return out
+    def forward(ctx, x: Tensor, source: Tensor, target: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(source, target)
+        ctx.rows = x.shape[0]
+        return x.new_zeros(rows, x.shape[1]).index_copy_(0, target, x.index_select(0, source))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (where,) = ctx.saved_tensors
-        return grad[where], None, None
+        source, target = ctx.saved_tensors
+        out = grad.new_zeros(ctx.rows, grad.shape[1])
+        return out.index_copy_(0, source, grad.index_select(0, target)), None, None, None
 
 
 @dataclass(frozen=True)
 class Group:
-    """Samples of like length: token j of the packed row at `tokens[j]` sits in row `slots[j]` of the padded batch."""
+    """Samples of like length, padded to `length` each."""
 
-    tokens: Tensor
-    slots: Tensor
     num_samples: int
     length: int
+
+    @property
+    def rows(self) -> int:
+        return self.num_samples * self.length
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How a packed row splits into samples; made once a forward, used by every layer of both stacks."""
+    """How a packed row splits into samples; made once a forward, used by every layer of both stacks.
+
+    tokens, slots: `[T]`; token `tokens[i]` of the packed row is row `slots[i]` of the padded groups, which lie one
+    behind the other.
+    """
 
     groups: tuple[Group, ...]
-    restore: Tensor  # [T] index that puts the groups' tokens, concatenated, back in the packed order
+    tokens: Tensor
+    slots: Tensor
 
     @classmethod
     def from_position_ids(cls, position_ids: Tensor) -> "Packing | None":
@@ -66,26 +76,22 @@ class Packing:
         starts = (torch.diff(row, prepend=row[:1] - 1) != 1).nonzero()[:, 0].tolist()
         if not starts:
             return None
-        ends = [*starts, row.shape[0]]
-        spans = sorted(zip([0, *starts], ends, strict=True), key=lambda span: span[0] - span[1])
+        spans = sorted(zip([0, *starts], [*starts, row.shape[0]], strict=True), key=lambda span: span[0] - span[1])
         groups: list[list[tuple[int, int]]] = []
         for start, end in spans:  # longest first
-            length, longest = end - start, groups[-1][0][1] - groups[-1][0][0] if groups else 0
-            if groups and longest <= LONGEST_GROUPED_SAMPLE and length >= GROUP_LENGTH_SHARE * longest:
+            longest = groups[-1][0][1] - groups[-1][0][0] if groups else 0
+            if groups and longest <= LONGEST_GROUPED_SAMPLE and end - start >= GROUP_LENGTH_SHARE * longest:
                 groups[-1].append((start, end))
             else:
                 groups.append([(start, end)])
-        made = tuple(_group(spans, row.device) for spans in groups)
-        return cls(made, torch.cat([group.tokens for group in made]).argsort())
-
-
-def _group(spans: list[tuple[int, int]], device: torch.device) -> Group:
-    length = spans[0][1] - spans[0][0]
-    tokens = torch.cat([torch.arange(start, end, device=device) for start, end in spans])
-    slots = torch.cat(
-        [torch.arange(end - start, device=device) + i * length for i, (start, end) in enumerate(spans)]
-    )
-    return Group(tokens, slots, len(spans), length)
+        made = tuple(Group(len(members), members[0][1] - members[0][0]) for members in groups)
+        tokens, slots, base = [], [], 0
+        for group, members in zip(made, groups, strict=True):
+            for i, (start, end) in enumerate(members):
+                tokens.append(torch.arange(start, end))
+                slots.append(torch.arange(end - start) + base + i * group.length)
+            base += group.rows
+        return cls(made, torch.cat(tokens).to(row.device), torch.cat(slots).to(row.device))
 
 
 def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float) -> Tensor:
@@ -117,18 +123,19 @@ def packed_attention_forward(
         )
     H, T, d = query.shape[1:]
     scaling = d**-0.5 if scaling is None else scaling
-    rows = [x[0].transpose(0, 1).reshape(T, -1) for x in (query, key, value)]
+    heads = [x.shape[1] for x in (query, key, value)]
+    row = torch.cat([x[0].transpose(0, 1).reshape(T, -1) for x in (query, key, value)], dim=-1)
+    padded = _Move.apply(row, packing.tokens, packing.slots, sum(group.rows for group in packing.groups))
     outs = []
-    for group in packing.groups:
-        n, L = group.num_samples, group.length
-        q, k, v = (
-            _Scatter.apply(x[group.tokens], group.slots, n * L).view(n, L, -1, d).transpose(1, 2) for x in rows
-        )
+    for group, rows in zip(packing.groups, padded.split([group.rows for group in packing.groups]), strict=True):
+        batch = rows.view(group.num_samples, group.length, -1, d).transpose(1, 2)  # [n, H + 2K, L, d]
+        q, k, v = batch.split(heads, dim=1)
         if k.shape[1] != H:
             k, v = (x.repeat_interleave(H // k.shape[1], dim=1) for x in (k, v))
         out = _grouped_attention(q, k, v, scaling, dropout)
-        outs.append(out.transpose(1, 2).reshape(n * L, H * d)[group.slots])
-    return torch.cat(outs)[packing.restore].view(1, T, H, d), None
+        outs.append(out.transpose(1, 2).reshape(group.rows, H * d))
+    out = _Move.apply(torch.cat(outs) if len(outs) > 1 else outs[0], packing.slots, packing.tokens, T)
+    return out.view(1, T, H, d), None
 
 
 def _packed_mask(*, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs):

@@ -28,6 +28,8 @@ IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
 
 Message = Mapping[str, Any]
+# What stands in a rendered prompt for a picture or a spelled-out special token.
+_MARK = re.compile(r"\[\[(?:picture|literal) (?P<nonce>[0-9a-f]{16})(?: (?P<number>\d+))?\]\]")
 
 
 @dataclass
@@ -197,11 +199,10 @@ class _Rendering:
     def __init__(self, processor: HovleProcessor, messages: Sequence[Message]):
         self.processor = processor
         self.num_images = 0
-        nonce = secrets.token_hex(8)
-        self.image_mark, self.literal_mark = f"[[picture {nonce}]]", f"[[literal {nonce} %d]]"
+        self.nonce = secrets.token_hex(8)
+        self.image_mark, self.literal_mark = f"[[picture {self.nonce}]]", f"[[literal {self.nonce} %d]]"
         self.literals: list[str] = []
         self.messages = [{**message, "content": self._content(message["content"])} for message in messages]
-        self.pattern = re.compile(rf"\[\[picture {nonce}\]\]|\[\[literal {nonce} \d+\]\]")
 
     def _content(self, content: str | Sequence[Mapping[str, str]]) -> str:
         if isinstance(content, str):
@@ -255,14 +256,15 @@ class _Rendering:
         """A rendered piece -> ids, pictures placed by id and literals as plain text."""
         ids: list[int] = []
         position = 0
-        for match in self.pattern.finditer(text):
+        for match in _MARK.finditer(text):
+            if match["nonce"] != self.nonce:
+                continue  # text that only looks like a mark
             ids += self._plain(text[position : match.start()])
             position = match.end()
             if match.group() == self.image_mark:
                 ids += self.processor._picture(next(tile_counts))
             else:
-                number = int(match.group().rstrip("]").rsplit(" ", 1)[1])
-                ids += self.processor.text_ids(self.literals[number])
+                ids += self.processor.text_ids(self.literals[int(match["number"])])
         return ids + self._plain(text[position:])
 
     def _plain(self, text: str) -> list[int]:

@@ -40,7 +40,9 @@ def latest_checkpoint(path: str) -> str:
         # "runs/demo" could be a hub id as well: it is a typing error where "runs" is a folder here.
         if _HUB_ID.fullmatch(path) and not ("/" in path and folder.parent.is_dir()):
             return path
-        raise ValueError(f"no such folder: {path!r} (give a checkpoint, a run, or a hub id such as OpenGVLab/HoVLE)")
+        raise ValueError(
+            f"no such folder: {path!r} (give a checkpoint, a run, or a hub id such as OpenGVLab/HoVLE)"
+        )
     if not folder.is_dir():
         raise ValueError(f"{path!r} is a file; give the folder of a checkpoint or of a run")
     resolved = resolve_checkpoint(path)
@@ -51,7 +53,9 @@ def latest_checkpoint(path: str) -> str:
             return str(folder / stage / FINAL)
     started = [folder / stage for stage in STAGES if (folder / stage / RECIPE_FILE).is_file()]
     if started:
-        raise ValueError(f"no stage of {path!r} has finished: resume {started[0].name} with {_resume(started[0])}")
+        raise ValueError(
+            f"no stage of {path!r} has finished: resume {started[0].name} with {_resume(started[0])}"
+        )
     raise ValueError(
         f"{path!r} is neither a checkpoint (no config.json) nor a run (no {RECIPE_FILE}), "
         f"and holds no run of a stage ({', '.join(STAGES)})"

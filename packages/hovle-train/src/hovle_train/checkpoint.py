@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +21,25 @@ logger = logging.getLogger(__name__)
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
 
-def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors a run changes: trainable parameters. What is frozen comes from the parent checkpoint."""
-    return {name: p.detach().cpu().contiguous() for name, p in module.named_parameters() if p.requires_grad}
-
-
 def save(
     folder: Path,
     step: int,
-    module: nn.Module,
+    weights: Mapping[str, nn.Parameter],
     optimizers: Iterable[torch.optim.Optimizer],
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write `folder/step-<step>`, then drop all but the newest `keep`. Returns its path."""
+    """Write `folder/step-<step>`, then drop all but the newest `keep`. Returns its path.
+
+    `weights` are the tensors a run changes, by name; what is frozen comes from the parent checkpoint.
+    """
     target = folder / f"step-{step:08d}"
     temporary = folder / f".writing-{step:08d}-{os.getpid()}"
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
-    save_file(trainable_state(module), temporary / MODEL)
-    save_file(optimizer_state(module, optimizers), temporary / OPTIMIZER)
+    save_file({name: p.detach().cpu().contiguous() for name, p in weights.items()}, temporary / MODEL)
+    save_file(optimizer_state(weights, optimizers), temporary / OPTIMIZER)
     sizes = {name: (temporary / name).stat().st_size for name in (MODEL, OPTIMIZER)}
     content = {"step": step, "sizes": sizes, **state}
     (temporary / STATE).write_text(json.dumps(content, indent=1))
@@ -81,33 +79,37 @@ def _is_whole(path: Path) -> bool:
     return all((path / name).is_file() and (path / name).stat().st_size == size for name, size in sizes.items())
 
 
-def load(path: Path, module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Restore module and optimizers from a checkpoint folder; returns its state (with "step").
+def load(
+    path: Path, weights: Mapping[str, nn.Parameter], optimizers: Iterable[torch.optim.Optimizer]
+) -> dict[str, Any]:
+    """Restore weights and optimizers from a checkpoint folder; returns its state (with "step").
 
     Raises ValueError naming tensors that do not fit: the recipe then changed since the checkpoint was written.
     """
     saved = load_file(path / MODEL)
-    own = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if saved.keys() != own.keys() or any(saved[name].shape != own[name].shape for name in own):
-        differing = sorted(saved.keys() ^ own.keys())[:5] or [n for n in own if saved[n].shape != own[n].shape][:5]
+    if saved.keys() != weights.keys() or any(saved[name].shape != weights[name].shape for name in weights):
+        differing = sorted(saved.keys() ^ weights.keys())[:5]
+        differing = differing or [name for name in weights if saved[name].shape != weights[name].shape][:5]
         raise ValueError(
             f"checkpoint {path} does not fit this recipe (first differences: {differing}); "
             "restore the recipe, or choose another run_dir to start afresh"
         )
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in weights.items():
             parameter.copy_(saved[name])
     state = json.loads((path / STATE).read_text())
-    load_optimizer_state(module, optimizers, load_file(path / OPTIMIZER))
+    load_optimizer_state(weights, optimizers, load_file(path / OPTIMIZER))
     return state
 
 
-def optimizer_state(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+def optimizer_state(
+    weights: Mapping[str, nn.Parameter], optimizers: Iterable[torch.optim.Optimizer]
+) -> dict[str, torch.Tensor]:
     """What optimizers remember of each parameter, as `<kind>/<parameter name>` (`exp_avg/head.weight`).
 
     Their settings are the recipe's and the step's, and are not stored.
     """
-    names = {p: name for name, p in module.named_parameters()}
+    names = {p: name for name, p in weights.items()}
     return {
         f"{kind}/{names[p]}": value.detach().cpu().contiguous()
         for optimizer in optimizers
@@ -117,12 +119,13 @@ def optimizer_state(module: nn.Module, optimizers: Iterable[torch.optim.Optimize
 
 
 def load_optimizer_state(
-    module: nn.Module, optimizers: Iterable[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]
+    weights: Mapping[str, nn.Parameter],
+    optimizers: Iterable[torch.optim.Optimizer],
+    tensors: Mapping[str, torch.Tensor],
 ) -> None:
     """Restore what `optimizer_state` gave, on the parameters' devices."""
-    parameters = dict(module.named_parameters())
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for key, value in tensors.items():
         kind, name = key.split("/", 1)
-        p = parameters[name]
+        p = weights[name]
         owner[p].state[p][kind] = value.to(p.device)

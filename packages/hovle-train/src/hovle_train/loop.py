@@ -7,7 +7,6 @@ rates of the step; so a run that was killed continues with the very numbers of o
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from hovle_train.parallel import sync_gradients
 from hovle_train.runs import METRICS_FILE, RECIPE_FILE, STATUS_FILE, Run, is_finished
 from hovle_train.runtime import Runtime, resolve_precision
 from hovle_train.stages.base import Stage
+from hovle_train.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ class Trainer:
                 self.save(step)
         if writer is not None:
             writer.close()
+        self.weights.restore(self.module)
         export_final(self, time.perf_counter() - started, tokens)
         self.runtime.barrier()
 
@@ -82,7 +83,8 @@ class Trainer:
         self.stage.processor = self.processor
         self.module.to(self.runtime.device)
         freeze_except(self.module, self.stage.trainable(self.module))
-        self.optimizers = build_optimizers(self.recipe.optim, self.module)
+        self.weights = Weights(self.module, self.dtype)
+        self.optimizers = build_optimizers(self.recipe.optim, self.weights.masters)
         self.stage.setup(self.module, self.processor, self.runtime, self._progress)
 
     def resume(self) -> int:
@@ -90,7 +92,8 @@ class Trainer:
         found = checkpoint.complete_checkpoints(self.checkpoints)
         first = 0
         if found:
-            state = checkpoint.load(found[-1], self.module, self.optimizers)
+            state = checkpoint.load(found[-1], self.weights.masters, self.optimizers)
+            self.weights.publish()
             self._check_seed(state)
             first = state["step"] + 1
             logger.info("resuming %s at step %d of %d", self.recipe.path, first, self.recipe.train.steps)
@@ -125,12 +128,12 @@ class Trainer:
         totals = self.count_targets(micro_batches)
         sums = dict.fromkeys(totals, 0.0)
         for batch in micro_batches:
-            with self.autocast():
-                loss, logged = self.stage.loss(self.module, batch, totals)
+            loss, logged = self.stage.loss(self.module, batch, totals)
             loss.backward()
+            self.weights.collect()
             for name, value in logged.items():
                 sums[name] += float(value)
-        sync_gradients(self.module, self.runtime.world_size)
+        sync_gradients(self.weights, self.runtime.world_size)
         norm = self._gradient_norm()
         sums = self.runtime.sum(sums)
         if not all(map(torch.isfinite, map(torch.tensor, [norm, *sums.values()]))):
@@ -143,6 +146,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self.weights.publish()
         return {name: sums[name] / totals[name] for name in sums} | {"grad_norm": norm}
 
     def count_targets(self, micro_batches: Sequence[PackedBatch]) -> dict[str, float]:
@@ -153,13 +157,8 @@ class Trainer:
                 counts[name] += count
         return {name: max(1.0, count) for name, count in self.runtime.sum(counts).items()}
 
-    def autocast(self) -> AbstractContextManager:
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.runtime.device.type, self.dtype)
-
     def _gradient_norm(self) -> float:
-        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        parameters = [p for p in self.weights if p.grad is not None]
         limit = self.recipe.optim.grad_clip
         return float(nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit))
 
@@ -197,7 +196,7 @@ class Trainer:
                 "plugins": self.plugins.versions,
             }
             keep = self.recipe.train.keep_checkpoints
-            path = checkpoint.save(self.checkpoints, step, self.module, self.optimizers, state, keep)
+            path = checkpoint.save(self.checkpoints, step, self.weights.masters, self.optimizers, state, keep)
             self.plugins.manager.hook.hovle_on_checkpoint(run=self.run_info, step=step, path=path)
         self.runtime.report({"step": step}, path)
 

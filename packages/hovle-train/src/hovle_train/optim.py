@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules. A schedule is a function of the step, so a resumed run needs no state of it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -21,12 +21,12 @@ def lr_share(config: OptimConfig, step: int, steps: int) -> float:
     return 1.0
 
 
-def build_optimizers(config: OptimConfig, module: nn.Module) -> list[torch.optim.Optimizer]:
-    """Optimizers over what trains in `module`. Matrices decay, vectors and embeddings' norms do not.
+def build_optimizers(config: OptimConfig, parameters: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """Optimizers over trainable parameters by name. Matrices decay, vectors do not.
 
     Raises ValueError for an `lr_factors` prefix that matches no trainable parameter.
     """
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    named = list(parameters.items())
     for prefix in config.lr_factors:
         if not any(name.startswith(prefix) for name, _ in named):
             raise ValueError(f"optim.lr_factors: no trainable parameter starts with {prefix!r}")

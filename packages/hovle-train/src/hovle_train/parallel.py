@@ -5,6 +5,8 @@ whatever each rank's share. Ranks may even have no sample in a step, or no pictu
 and DDP's bookkeeping does not.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -12,15 +14,13 @@ from torch import nn
 BUCKET_ELEMENTS = 2**24
 
 
-def sync_gradients(module: nn.Module, world_size: int) -> None:
+def sync_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:
     """Sum gradients over ranks, in buckets; a parameter without a gradient on this rank counts as zero."""
     if world_size == 1:
         return
     bucket: list[nn.Parameter] = []
     size = 0
-    for parameter in module.parameters():
-        if not parameter.requires_grad:
-            continue
+    for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         bucket.append(parameter)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import secrets
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,18 @@ import torch
 
 from hovle_core.plugins import load_plugins
 from hovle_train.config import Recipe
+from hovle_train.export import write_json
 from hovle_train.loop import Trainer
 from hovle_train.runtime import Runtime
 
 logger = logging.getLogger(__name__)
+
+ERROR_FILE = "error.json"
+
+
+class RecipeError(ValueError):
+    """A run that ended for a reason that no restart mends."""
+
 
 # Ray reads these when it starts. The report queue holds one entry and is drained once an interval (2 s by default);
 # the rest is noise that a run's own log replaces.
@@ -38,7 +47,8 @@ def run_on_ray(recipe: Recipe) -> None:
     """Run a recipe on the Ray cluster this process is connected to, or on a local one started for it.
 
     A worker that dies is restarted up to `resources.max_failures` times and resumes from the newest checkpoint in
-    `run_dir`, which all workers must share. Raises ray.train's TrainingFailedError after that.
+    `run_dir`, which all workers must share. Raises ray.train's TrainingFailedError after that. What a restart cannot
+    mend (a bad recipe, unreadable data, a loss that is not finite) is not tried again, and raises RecipeError.
     """
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -50,10 +60,10 @@ def run_on_ray(recipe: Recipe) -> None:
         start_ray()
     resources = recipe.resources
     cpus = resources.cpus_per_worker or max(1, int(ray.cluster_resources().get("CPU", 1)) // resources.num_workers)
-    storage = recipe.path.resolve() / "ray"
-    TorchTrainer(
+    attempt = secrets.token_hex(8)
+    trainer = TorchTrainer(
         _worker,
-        train_loop_config={"recipe": _absolute(recipe).model_dump(mode="json")},
+        train_loop_config={"recipe": absolute(recipe).model_dump(mode="json"), "attempt": attempt},
         torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
@@ -63,39 +73,59 @@ def run_on_ray(recipe: Recipe) -> None:
         ),
         run_config=RunConfig(
             name=recipe.stage.name,
-            storage_path=str(storage),
+            storage_path=str(recipe.path.resolve() / "ray"),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
-    ).fit()
+    )
+    try:
+        trainer.fit()
+    finally:
+        error = _read_error(recipe.path, attempt)
+        if error is not None:
+            raise RecipeError(error)
 
 
 def start_ray() -> None:
-    """Connect to `RAY_ADDRESS`, or start Ray on this machine without its dashboard."""
+    """Connect to `RAY_ADDRESS`, or start Ray on this machine without its dashboard.
+
+    Workers' own prints stay in Ray's logs: a run tells of itself through its folder. HOVLE_DEBUG=1 shows them.
+    """
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
-    ray.init(address=address, include_dashboard=None if address else False, logging_level=logging.WARNING)
+    debug = os.environ.get("HOVLE_DEBUG", "0") not in ("", "0")
+    ray.init(
+        address=address,
+        include_dashboard=None if address else False,
+        logging_level=logging.INFO if debug else logging.ERROR,
+        log_to_driver=debug,
+    )
+    logging.getLogger("ray.train").setLevel(logging.INFO if debug else logging.WARNING)
 
 
-def _absolute(recipe: Recipe) -> Recipe:
-    """Workers have another working directory: paths must not depend on it."""
+def absolute(recipe: Recipe) -> Recipe:
+    """The recipe with every path that exists here made absolute: workers have another working directory."""
     recipe = recipe.model_copy(deep=True)
     recipe.run_dir = str(recipe.path.resolve())
     for source in [*recipe.data.sources, *recipe.data.images, *recipe.data.texts]:
-        source.path = _absolute_if_local(source.path)
+        source.path = _absolute(source.path)
+        source.options = _absolute(source.options)
     model = recipe.model
-    if model.init_from is not None:
-        model.init_from = _absolute_if_local(model.init_from)
-    for named in (model.backbone, model.tokenizer, recipe.stage.options.get("teacher")):
-        options = named.options if hasattr(named, "options") else (named or {}).get("options", {})
-        if isinstance(options.get("path"), str):
-            options["path"] = _absolute_if_local(options["path"])
+    model.init_from = _absolute(model.init_from)
+    for named in (model.backbone, model.tokenizer, recipe.stage):
+        if named is not None:
+            named.options = _absolute(named.options)
     return recipe
 
 
-def _absolute_if_local(path: str) -> str:
-    return str(Path(path).resolve()) if "://" not in path and Path(path).exists() else path
+def _absolute(value: Any) -> Any:
+    """Strings that name a file or folder with a separator in them, anywhere in options, made absolute."""
+    if isinstance(value, dict):
+        return {key: _absolute(inner) for key, inner in value.items()}
+    if isinstance(value, str) and os.sep in value and "://" not in value and Path(value).exists():
+        return str(Path(value).resolve())
+    return value
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -117,5 +147,23 @@ def _worker(config: dict[str, Any]) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     recipe = Recipe.model_validate(config["recipe"])
+    if _read_error(recipe.path, config["attempt"]) is not None:
+        return  # this attempt failed for good: a restart has nothing to add
     runtime = Runtime(context.get_world_rank(), context.get_world_size(), get_device(), report)
-    Trainer(recipe, load_plugins(), runtime).run()
+    try:
+        Trainer(recipe, load_plugins(), runtime).run()
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        content = {"attempt": config["attempt"], "rank": runtime.rank, "error": f"{type(error).__name__}: {error}"}
+        write_json(recipe.path / ERROR_FILE, content)
+        logger.exception("not tried again")
+        if runtime.world_size > 1:
+            raise  # ends the other ranks, which wait for this one
+
+
+def _read_error(run_dir: Path, attempt: str) -> str | None:
+    """What ended this attempt for good, if anything did."""
+    path = run_dir / ERROR_FILE
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text())
+    return content["error"] if content["attempt"] == attempt else None

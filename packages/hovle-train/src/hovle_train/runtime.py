@@ -53,7 +53,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """`auto` -> bfloat16 autocast where it is fast, else float32 with a warning."""
+    """`auto` -> bfloat16 where it is fast, else float32 with a warning."""
     if precision == "auto":
         precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
         if precision == "float32":

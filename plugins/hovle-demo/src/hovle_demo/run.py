@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import torch
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -109,8 +110,7 @@ def demo_recipe(
             raise ValueError(f"--set {override!r} must start with one of {', '.join(STAGES)}")
     own = [o.removeprefix(f"{stage}.") for o in overrides if o.startswith(f"{stage}.")]
     recipe = load_recipe(f"demo/{stage}", own, plugins.registry)
-    content = recipe.to_yaml().replace("runs/demo/", f"{out}/")
-    recipe = type(recipe).model_validate(__import__("yaml").safe_load(content))
+    recipe = Recipe.model_validate(yaml.safe_load(recipe.to_yaml().replace("runs/demo/", f"{out}/")))
     if stage == "distillation" and llm is not None and recipe.model.backbone is not None:
         recipe.model.backbone.options["path"] = str(llm)
     return recipe

@@ -12,10 +12,20 @@ from hovle_demo.split import Split, rank
 
 NUM_DISTRACTORS = 9
 LINES_A_SAMPLE = 12  # questions and names are short; a dozen lines are about as long as a paragraph
-NUM_CHAT_EASY_VQA = 2000  # of each kind, open and yes/no
 
 # What trains, and what is only ever looked at by the evaluation.
-TRAIN_SETS = ("images", "text", "chat_text", "captions", "vqa_open", "vqa_yes_no", "vqa_emoji", "vqa_flags")
+TRAIN_SETS = (
+    "images",
+    "text",
+    "chat_text",
+    "chat_open",
+    "chat_yes_no",
+    "captions",
+    "vqa_open",
+    "vqa_yes_no",
+    "vqa_emoji",
+    "vqa_flags",
+)
 HELD_OUT_SETS = (
     "text_heldout",
     "captions_flags_test",
@@ -28,15 +38,17 @@ HELD_OUT_SETS = (
 
 def build_sets(sources: Sources, seed: int) -> dict[str, list[Sample]]:
     """All sets by name. Every key is unique over all of them; meta says source and concept or country."""
+    open_questions = _open(sources.easy_train.questions)
+    yes_no_questions = balance_yes_no(sources.easy_train.questions, seed)
     return {
         "images": list(_images(sources)),
         "text": [*_prose(sources, "train"), *_lines(sources, seed)],
         "chat_text": list(_chat_text(sources, seed)),
+        "chat_open": list(_chat_easy_vqa("chat-open", sources, open_questions)),
+        "chat_yes_no": list(_chat_easy_vqa("chat-yesno", sources, yes_no_questions)),
         "captions": list(_captions(sources)),
-        "vqa_open": _easy_vqa("vqa-open", sources, "train", _open(sources.easy_train.questions)),
-        "vqa_yes_no": _easy_vqa(
-            "vqa-yesno", sources, "train", balance_yes_no(sources.easy_train.questions, seed)
-        ),
+        "vqa_open": _easy_vqa("vqa-open", sources, "train", open_questions),
+        "vqa_yes_no": _easy_vqa("vqa-yesno", sources, "train", yes_no_questions),
         "vqa_emoji": list(_vqa_emoji(sources, seed)),
         "vqa_flags": list(_vqa_flags(sources)),
         "text_heldout": list(_prose(sources, "test")),
@@ -96,21 +108,27 @@ def _lines(sources: Sources, seed: int) -> Iterator[Sample]:
         yield Sample(key=f"lines-{number:04d}", text=text, meta={"source": "lines"})
 
 
+def _chat_easy_vqa(prefix: str, sources: Sources, questions: Iterable[Question]) -> Iterator[Sample]:
+    """Conversations in which a caption stands for the picture: an LLM learns to answer from what it is told.
+
+    Alignment then only has to make pictures say what captions say.
+    """
+    captions = describe(sources.easy_train.questions)
+    for question in questions:
+        if question.picture in captions:
+            told = f"{captions[question.picture]}\n{question.text}"
+            meta = {"source": "easy-vqa"}
+            yield _conversation(f"{prefix}-{question.number:05d}", None, told, question.answer, meta)
+
+
 def _chat_text(sources: Sources, seed: int) -> Iterator[Sample]:
-    """Conversations without their picture: an LLM learns the form and the vocabulary of answers, not the answers."""
-    questions = sources.easy_train.questions
-    for kind in (_open(questions), balance_yes_no(questions, seed)):
-        chosen = sorted(kind, key=lambda question: rank(seed, "chat", question.number))[:NUM_CHAT_EASY_VQA]
-        for question in chosen:
-            key = f"chat-easyvqa-{question.number:05d}"
-            yield _conversation(key, None, question.text, question.answer, {"source": "easy-vqa"})
+    """The same for emoji, whose name stands for the picture, and facts about countries, which need none."""
     train = sources.named("train")
     others = other_names(train, seed)
     for emoji, name in train:
         for qa in about_emoji(name, others[emoji.picture.key]):
-            if qa.topic != "name-1":
-                meta = {"source": "openmoji", "concept": name}
-                yield _about(f"chat-{emoji.picture.key}", None, qa, meta)
+            told = qa._replace(question=f"{name}\n{qa.question}")
+            yield _about(f"chat-{emoji.picture.key}", None, told, {"source": "openmoji", "concept": name})
     for country in sources.countries:
         if sources.split_of_country[country.code] == "train":
             for qa in about_country(country):

@@ -1,0 +1,3 @@
+"""Talking to a HoVLE."""
+
+__version__ = "0.1.0"

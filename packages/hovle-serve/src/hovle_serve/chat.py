@@ -1,0 +1,170 @@
+"""A conversation with a HoVLE, and how one is loaded to be talked to."""
+
+import json
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from safetensors import SafetensorError
+from transformers.utils.hub import cached_file
+
+from hovle_core.config import HovleConfig
+from hovle_core.modeling import HovleForConditionalGeneration
+from hovle_core.official import RELEASED_MODEL_TYPE
+from hovle_core.processor import HovleProcessor, Message
+from hovle_core.runs import latest_checkpoint
+from hovle_serve.sampling import Sampling
+from hovle_serve.stream import max_answer_tokens, stream_answer
+
+PROCESSOR_FILE = "processor_config.json"
+
+
+class ChatSession:
+    """One conversation: `messages` so far (transformers style) and the `images` of their image parts, in order.
+
+    Ask one question at a time; sessions that share a model may answer side by side.
+    """
+
+    def __init__(
+        self,
+        model: HovleForConditionalGeneration,
+        processor: HovleProcessor,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+    ) -> None:
+        self.model, self.processor, self.system = model, processor, system
+        self.sampling = sampling or Sampling()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system message; a seed starts anew."""
+        self.messages: list[Message] = []
+        if self.system is not None:
+            self.messages.append({"role": "system", "content": _checked(self.system, "the system message")})
+        self.images: list[Image] = []
+        self._generator = self.sampling.generator()
+
+    def ask(self, text: str, images: Sequence[Image] = ()) -> Generator[str, None, None]:
+        """The answer in pieces of whole characters; pictures stand before the text.
+
+        Closing the iterator stops the answer; what came of it stays in the conversation. A question without any
+        answer (stopped or failed before its first piece, or failed later) leaves the conversation as it was.
+
+        Raises ValueError at once for an empty or malformed text and for a conversation that is too long for the
+        model; what fails in generation is raised while iterating.
+        """
+        if not text.strip() and not images:
+            raise ValueError("the question is empty: write a text or give a picture")
+        parts: list[dict[str, str]] = [{"type": "image"} for _ in images]
+        if text.strip():
+            parts.append({"type": "text", "text": _checked(text, "the question")})
+        messages = [*self.messages, {"role": "user", "content": parts if images else text}]
+        pictures = [*self.images, *images]
+        prompt = self.processor.encode(messages, pictures, add_generation_prompt=True)
+        room = max_answer_tokens(self.model.config, prompt)
+        pieces = stream_answer(
+            self.model,
+            self.processor,
+            prompt,
+            min(self.sampling.max_new_tokens, room),
+            self.sampling.logits_processors(self._generator),
+        )
+        return self._remembered(pieces, messages, pictures)
+
+    def _remembered(
+        self, pieces: Generator[str, None, None], messages: list[Message], images: list[Image]
+    ) -> Generator[str, None, None]:
+        answer: list[str] = []
+
+        def remember() -> None:
+            self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]
+            self.images = images
+
+        try:
+            for piece in pieces:
+                answer.append(piece)
+                yield piece
+        except (GeneratorExit, KeyboardInterrupt):
+            pieces.close()  # stops the thread and waits for it
+            if answer:
+                remember()
+            raise
+        remember()
+
+
+def load(
+    path: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> tuple[HovleForConditionalGeneration, HovleProcessor]:
+    """Model (in eval mode) and processor of a checkpoint, a run, a folder of runs or a hub id.
+
+    device: None picks cuda, mps or cpu. dtype: None is bfloat16 on a GPU that has it, else float32.
+    Raises ValueError where there is nothing to talk to, saying why (see `hovle_core.runs.latest_checkpoint`).
+    """
+    checkpoint = latest_checkpoint(path)
+    _check_is_hovle(checkpoint)
+    device = torch.device(pick_device() if device is None else device)
+    if dtype is None:
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if has_bfloat16 else torch.float32
+    try:
+        processor = HovleProcessor.from_pretrained(checkpoint)
+        model = HovleForConditionalGeneration.from_pretrained(
+            checkpoint, dtype=dtype, attn_implementation="sdpa"
+        )
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot load {checkpoint!r}: {_one_line(error)}") from error
+    return model.to(device).eval(), processor
+
+
+def pick_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _check_is_hovle(checkpoint: str) -> None:
+    """Raise ValueError unless the checkpoint has a HoVLE's config and a processor."""
+    config_file = _file(checkpoint, "config.json")
+    if config_file is None:
+        raise ValueError(f"{checkpoint!r} has no config.json, so it is no checkpoint")
+    try:
+        config: dict[str, Any] = json.loads(Path(config_file).read_text())
+    except ValueError as error:
+        raise ValueError(f"{config_file} is not valid JSON: {error}") from error
+    model_type = config.get("model_type")
+    if model_type not in (HovleConfig.model_type, RELEASED_MODEL_TYPE) or "embedding_config" not in config:
+        raise ValueError(
+            f"{checkpoint!r} is a plain {model_type!r} model without a holistic embedding and a processor, so it "
+            "cannot be talked to; give a run or checkpoint of distillation, alignment or instruction_tuning"
+        )
+    if _file(checkpoint, PROCESSOR_FILE) is None:
+        raise ValueError(
+            f"{checkpoint!r} has no processor ({PROCESSOR_FILE} and a tokenizer): save one beside the model with "
+            "HovleProcessor(...).save_pretrained"
+        )
+
+
+def _file(checkpoint: str, name: str) -> str | None:
+    """A file of a folder (None where there is no such file) or of a hub id, fetched or cached."""
+    if Path(checkpoint).is_dir():
+        path = Path(checkpoint) / name
+        return str(path) if path.is_file() else None
+    try:
+        return cached_file(checkpoint, name)
+    except OSError as error:
+        raise ValueError(f"{checkpoint!r} is no folder here, and on the hub: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _checked(text: str, what: str) -> str:
+    """Halves of surrogate pairs (a terminal's broken bytes) are no text for a tokenizer."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} is not valid Unicode: {error}") from error
+    return text

@@ -1,0 +1,14 @@
+"""Serve's plugin: `hovle chat`."""
+
+import argparse
+
+from hovle_core.hookspecs import hookimpl
+
+HOVLE_HOOK_API = 1
+
+
+@hookimpl
+def hovle_commands(cli: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from hovle_serve.commands import add_chat_parser
+
+    add_chat_parser(cli)

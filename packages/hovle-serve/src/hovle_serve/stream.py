@@ -1,0 +1,169 @@
+"""One answer as a stream of text: tokens become whole characters, `generate` runs in a thread and can be stopped."""
+
+import copy
+from collections.abc import Generator
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from hovle_core.config import HovleConfig
+from hovle_core.modeling import HovleForConditionalGeneration
+from hovle_core.processor import Encoded, HovleProcessor
+
+THREAD_NAME = "hovle-answer"
+# What decoders write for bytes that are no character, or not a whole one yet.
+_REPLACEMENT = "\ufffd"
+
+
+class Detokenizer:
+    """Token ids, one at a time -> text, in pieces of whole characters.
+
+    All pieces together are what the tokenizer decodes from all ids (without special tokens). A token that ends
+    within a character gives nothing; the piece comes with the token that completes it.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        # Ids from `_start` on are decoded, those before `_given` have been handed out: the last piece is decoded
+        # again with the next one, since tokenizers treat the first token of a text specially.
+        self._start = self._given = 0
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes, or ""."""
+        self._ids.append(token_id)
+        return self._take(is_end=False)
+
+    def flush(self) -> str:
+        """What is left at the end: "" or characters that stayed incomplete, as U+FFFD."""
+        return self._take(is_end=True)
+
+    def _take(self, is_end: bool) -> str:
+        before = self._decode(self._ids[self._start : self._given])
+        whole = self._decode(self._ids[self._start :])
+        if whole.startswith(before):
+            text = whole[len(before) :]
+        else:  # byte-fallback decoders unmake a whole run that ends within a character: what is given stays
+            text = self._decode(self._ids[self._given :])
+        if not text or (text.endswith(_REPLACEMENT) and not is_end):
+            return ""
+        self._start, self._given = self._given, len(self._ids)
+        return text
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def stream_answer(
+    model: HovleForConditionalGeneration,
+    processor: HovleProcessor,
+    prompt: Encoded,
+    max_new_tokens: int,
+    logits_processors: tuple[LogitsProcessor, ...] = (),
+) -> Generator[str, None, None]:
+    """The answer to an encoded prompt, in pieces; greedy but for what `logits_processors` do.
+
+    `generate` runs in a thread, started by the first `next()`. Its exceptions are raised here. Closing the
+    iterator stops it after the token in work and waits for it.
+    """
+    stop, pieces = Event(), _Pieces(Detokenizer(processor.tokenizer))
+    arguments = {
+        **processor.batch([prompt], model.device),
+        "generation_config": _generation_config(model, processor, max_new_tokens),
+        "logits_processor": LogitsProcessorList(logits_processors),
+        "stopping_criteria": StoppingCriteriaList([_StopWhenSet(stop)]),
+        "streamer": pieces,
+    }
+
+    def work() -> None:
+        try:
+            model.generate(**arguments)
+            pieces.queue.put(None)
+        except BaseException as error:
+            pieces.queue.put(error)
+
+    thread = Thread(target=work, name=THREAD_NAME)
+    thread.start()
+    try:
+        while (piece := pieces.queue.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+    finally:
+        stop.set()
+        thread.join()
+
+
+def max_answer_tokens(config: HovleConfig, prompt: Encoded) -> int:
+    """How many tokens may follow a prompt before the LLM or the embedding blocks run out of positions.
+
+    Raises ValueError if there is room for none, with both counts.
+    """
+    T = len(prompt.input_ids)
+    embedding: Any = config.embedding_config
+    num_image_tokens = int((prompt.input_ids == config.image_token_id).sum())
+    block_tokens = T + num_image_tokens * (embedding.block_tokens_per_placeholder - 1)
+    room = embedding.max_position_embeddings - block_tokens
+    if (positions := getattr(config.text_config, "max_position_embeddings", None)) is not None:
+        room = min(room, positions - T)
+    if room < 1:
+        raise ValueError(
+            f"the conversation takes {T} tokens ({num_image_tokens} of them pictures) and the model has room for "
+            f"{T + room}: start a new one, or give fewer or smaller pictures"
+        )
+    return room
+
+
+class _Pieces(BaseStreamer):
+    """What `generate` calls with each token; `queue` holds text, at the end None or the exception."""
+
+    def __init__(self, detokenizer: Detokenizer) -> None:
+        self.queue: SimpleQueue[str | BaseException | None] = SimpleQueue()
+        self._detokenizer = detokenizer
+        self._is_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        if self._is_prompt:  # generate hands over the prompt first
+            self._is_prompt = False
+            return
+        for token_id in value.flatten().tolist():
+            self._put(self._detokenizer.push(token_id))
+
+    def end(self) -> None:
+        self._put(self._detokenizer.flush())
+
+    def _put(self, text: str) -> None:
+        if text:
+            self.queue.put(text)
+
+
+class _StopWhenSet(StoppingCriteria):
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full(
+            (input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device
+        )
+
+
+def _generation_config(
+    model: HovleForConditionalGeneration, processor: HovleProcessor, max_new_tokens: int
+) -> Any:
+    """The model's own, without sampling, ending also at the tokenizer's end token."""
+    config, tokenizer = copy.deepcopy(model.generation_config), processor.tokenizer
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    config.eos_token_id = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
+    if config.pad_token_id is None:
+        config.pad_token_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.eos_token_id[0]
+        )
+    config.do_sample, config.num_beams = False, 1
+    config.temperature = config.top_p = config.top_k = config.max_length = None
+    config.max_new_tokens = max_new_tokens
+    return config

@@ -1,0 +1,63 @@
+"""What an optimizer updates: a module's trainable parameters, or float32 masters of a module that computes lower.
+
+A bfloat16 weight cannot take a step of a thousandth of itself; its float32 master can. Everything frozen is simply
+cast, which halves its memory.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+class Weights:
+    """Trainable weights of a module by name, in float32, with the module computing in `dtype`.
+
+    For float32 the masters are the module's own parameters and `collect` and `publish` have nothing to do.
+    Buffers keep their type: rotary frequencies need it.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        self.dtype = dtype
+        self._own = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if dtype == torch.float32:
+            self.masters = self._own
+            return
+        self.masters = {name: nn.Parameter(p.detach().clone()) for name, p in self._own.items()}
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(dtype)
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return iter(self.masters.values())
+
+    def collect(self) -> None:
+        """Add the gradients of a micro-batch to the masters' and clear them."""
+        if self.dtype == torch.float32:
+            return
+        for name, parameter in self._own.items():
+            if parameter.grad is None:
+                continue
+            master = self.masters[name]
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad.add_(parameter.grad)
+            parameter.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy the masters into the module, after a step or a load."""
+        if self.dtype == torch.float32:
+            return
+        for name, parameter in self._own.items():
+            parameter.copy_(self.masters[name])
+
+    @torch.no_grad()
+    def restore(self, module: nn.Module) -> None:
+        """Give the module its weights in float32, for export."""
+        if self.dtype == torch.float32:
+            return
+        for parameter in module.parameters():
+            parameter.data = parameter.data.float()
+        for name, parameter in self._own.items():
+            parameter.copy_(self.masters[name])
