@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from PIL import Image
+
 from hovle_core.attention import LONGEST_GROUPED_SAMPLE, PACKED_ATTENTION, Packing
 from hovle_core.losses import next_token_loss
 from hovle_core.testing import tiny_hovle, tiny_processor, tiny_tokenizer
-from PIL import Image
 
 IMPLEMENTATIONS = (PACKED_ATTENTION, "sdpa", "eager")
 LOCATIONS = ("pre", "post")
@@ -36,7 +37,9 @@ def samples(processor):
         conversation(processor, "what is this", "a red square", (56, 56)),
         conversation(processor, "no picture here", "blue"),
         conversation(processor, "two of them", "circle circle circle", (112, 56), (30, 80)),
-        conversation(processor, "is this a long question, with many a word, so that lengths differ?", "a", (56, 56)),
+        conversation(
+            processor, "is this a long question, with many a word, so that lengths differ?", "a", (56, 56)
+        ),
     ]
 
 
@@ -70,7 +73,9 @@ def test_packed_equals_unpacked(tokenizer, processor, samples, implementation, l
     torch.testing.assert_close(packed_loss, loss, rtol=1e-5, atol=1e-5)
     assert packed.keys() == gradients.keys()
     for name in packed:
-        torch.testing.assert_close(packed[name], gradients[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            packed[name], gradients[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_packed_samples_cannot_see_each_other(tokenizer, processor, samples):
@@ -122,7 +127,9 @@ def test_padded_batch_equals_each_alone(tokenizer, processor, implementation, lo
     for row, prompt in enumerate(prompts):
         alone = model.generate(**processor.batch([prompt]), **options)
         for step in range(8):
-            torch.testing.assert_close(together.logits[step][row], alone.logits[step][0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                together.logits[step][row], alone.logits[step][0], atol=1e-4, rtol=1e-4
+            )
 
 
 def test_cache_gives_the_logits_of_recomputation(tokenizer, processor):
@@ -157,7 +164,11 @@ def test_new_embedding_hands_the_llm_its_own_text(tokenizer):
     from hovle_core.testing import tiny_embedding_config, tiny_llm
 
     llm = tiny_llm(len(tokenizer)).eval()
-    model = HovleForConditionalGeneration.from_language_model(llm, tiny_embedding_config(len(tokenizer)), 7).eval()
+    model = HovleForConditionalGeneration.from_language_model(
+        llm, tiny_embedding_config(len(tokenizer)), 7
+    ).eval()
     ids = torch.randint(8, 200, (2, 15))
     with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=ids).logits, llm(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model(input_ids=ids).logits, llm(input_ids=ids).logits, atol=1e-5, rtol=1e-5
+        )

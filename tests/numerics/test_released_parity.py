@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hovle_core import HovleForConditionalGeneration, HovleImageProcessor
 from PIL import Image
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
+
+from hovle_core import HovleForConditionalGeneration, HovleImageProcessor
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MODELS = ("hovle-tiny", "hovle-hd-tiny")
@@ -79,7 +80,10 @@ def test_own_format_round_trip_is_exact(name, tmp_path):
     [
         (lambda t: t.pop("language_model.model.norm.weight"), "missing language_model.model.norm.weight"),
         (lambda t: t.update(extra=torch.zeros(1)), "unknown extra"),
-        (lambda t: t.update({"language_model.output.weight": torch.zeros(3, 64)}), "lm_head.weight is \\[3, 64\\]"),
+        (
+            lambda t: t.update({"language_model.output.weight": torch.zeros(3, 64)}),
+            "lm_head.weight is \\[3, 64\\]",
+        ),
     ],
 )
 def test_misfit_tensors_are_named(change, message, tmp_path):
@@ -111,13 +115,16 @@ def test_all_released_grids():
     cases = json.loads((GOLDEN / "dynprocess" / "grids.json").read_text())
     assert len(cases) == 150
     for case in cases:
-        processor = HovleImageProcessor(case["tile_size"], case["min_tiles"], case["max_tiles"], case["thumbnail"])
+        processor = HovleImageProcessor(
+            case["tile_size"], case["min_tiles"], case["max_tiles"], case["thumbnail"]
+        )
         assert processor.grid(case["width"], case["height"]) == (case["columns"], case["rows"]), case
         assert processor.num_tiles(case["width"], case["height"]) == case["tiles"], case
 
 
 @pytest.mark.parametrize(
-    ("name", "tile_size", "max_tiles"), [("china_320x200_max6_size56", 56, 6), ("flower_160x350_max12_size28", 28, 12)]
+    ("name", "tile_size", "max_tiles"),
+    [("china_320x200_max6_size56", 56, 6), ("flower_160x350_max12_size28", 28, 12)],
 )
 def test_released_tiles_pixel_for_pixel(name, tile_size, max_tiles):
     pixels = load_numpy(GOLDEN / "dynprocess" / "pixels.safetensors")

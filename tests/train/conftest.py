@@ -4,13 +4,14 @@ import io
 import json
 
 import pytest
+from PIL import Image
+
 from hovle_core.plugins import load_plugins
 from hovle_core.registry import Provider, Spec
 from hovle_core.testing import tiny_llm, tiny_tokenizer
 from hovle_data.schema import Sample
 from hovle_data.shards import write_shards
 from hovle_train.config import parse_recipe
-from PIL import Image
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 160, 40), "blue": (20, 40, 200), "white": (250, 250, 250)}
 
@@ -38,13 +39,22 @@ def world(tmp_path_factory):
     tokenizer.save_pretrained(folder / "llm")
     names = list(COLOURS)
     write_shards((Sample(f"i{n}", images=(picture(names[n % 4]),)) for n in range(24)), folder / "images")
-    write_shards((Sample(f"t{n}", text=f"a {names[n % 4]} thing, number {n}, is here") for n in range(24)), folder / "texts")
     write_shards(
-        (Sample(f"p{n}", images=(picture(names[n % 4]),), text=f"a {names[n % 4]} square") for n in range(24)),
+        (Sample(f"t{n}", text=f"a {names[n % 4]} thing, number {n}, is here") for n in range(24)),
+        folder / "texts",
+    )
+    write_shards(
+        (
+            Sample(f"p{n}", images=(picture(names[n % 4]),), text=f"a {names[n % 4]} square")
+            for n in range(24)
+        ),
         folder / "pairs",
     )
     write_shards(
-        (Sample(f"c{n}", images=(picture(names[n % 4]),), messages=question(names[n % 4])) for n in range(24)),
+        (
+            Sample(f"c{n}", images=(picture(names[n % 4]),), messages=question(names[n % 4]))
+            for n in range(24)
+        ),
         folder / "chats",
     )
     return folder

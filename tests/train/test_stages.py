@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from hovle_core import HovleForConditionalGeneration, HovleProcessor
 from hovle_data.quarantine import Ledger
 from hovle_train import checkpoint
@@ -12,7 +14,6 @@ from hovle_train.loop import Trainer
 from hovle_train.metrics import read_metrics
 from hovle_train.runs import is_finished, read_summary
 from hovle_train.runtime import Runtime
-from safetensors.torch import load_file
 
 STAGES = ("language_modeling", "distillation", "alignment", "instruction_tuning")
 LLM = "language_model."
@@ -114,7 +115,10 @@ def test_resumed_equals_uninterrupted(stage, precision, optimizer, make_recipe, 
     assert all(torch.equal(a[name], b[name]) for name in a)
     deterministic = ("step", "lr", "grad_norm", "loss", "image_cosine", "text_cosine")
     curves = [
-        [{k: v for k, v in line.items() if k in deterministic} for line in read_metrics(r.path / "metrics.jsonl")]
+        [
+            {k: v for k, v in line.items() if k in deterministic}
+            for line in read_metrics(r.path / "metrics.jsonl")
+        ]
         for r in (whole, broken)
     ]
     assert curves[0] == curves[1]

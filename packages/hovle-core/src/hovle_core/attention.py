@@ -9,9 +9,10 @@ Shapes: T packed tokens, n samples in a group, L longest of them, H heads, K key
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -31,13 +32,13 @@ class _Move(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, source: Tensor, target: Tensor, rows: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, source: Tensor, target: Tensor, rows: int) -> Tensor:
         ctx.save_for_backward(source, target)
         ctx.rows = x.shape[0]
         return x.new_zeros(rows, x.shape[1]).index_copy_(0, target, x.index_select(0, source))
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         source, target = ctx.saved_tensors
         out = grad.new_zeros(ctx.rows, grad.shape[1])
         return out.index_copy_(0, source, grad.index_select(0, target)), None, None, None
@@ -76,7 +77,9 @@ class Packing:
         starts = (torch.diff(row, prepend=row[:1] - 1) != 1).nonzero()[:, 0].tolist()
         if not starts:
             return None
-        spans = sorted(zip([0, *starts], [*starts, row.shape[0]], strict=True), key=lambda span: span[0] - span[1])
+        spans = sorted(
+            zip([0, *starts], [*starts, row.shape[0]], strict=True), key=lambda span: span[0] - span[1]
+        )
         groups: list[list[tuple[int, int]]] = []
         for start, end in spans:  # longest first
             longest = groups[-1][0][1] - groups[-1][0][0] if groups else 0
@@ -105,8 +108,17 @@ def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout:
 
 
 def packed_attention_forward(
-    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling=None, dropout=0.0, packing=None, **kwargs
-):
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packing: Packing | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Attention function of `hovle_packed`: query `[1, H, T, d]`, key and value `[1, K, T, d]` -> `[1, T, H, d]`.
 
     `packing` comes from HovleForConditionalGeneration.forward; without it this is transformers' SDPA.
@@ -127,7 +139,9 @@ def packed_attention_forward(
     row = torch.cat([x[0].transpose(0, 1).reshape(T, -1) for x in (query, key, value)], dim=-1)
     padded = _Move.apply(row, packing.tokens, packing.slots, sum(group.rows for group in packing.groups))
     outs = []
-    for group, rows in zip(packing.groups, padded.split([group.rows for group in packing.groups]), strict=True):
+    for group, rows in zip(
+        packing.groups, padded.split([group.rows for group in packing.groups]), strict=True
+    ):
         batch = rows.view(group.num_samples, group.length, -1, d).transpose(1, 2)  # [n, H + 2K, L, d]
         q, k, v = batch.split(heads, dim=1)
         if k.shape[1] != H:
@@ -138,10 +152,17 @@ def packed_attention_forward(
     return out.view(1, T, H, d), None
 
 
-def _packed_mask(*, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs):
+def _packed_mask(
+    *, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Tensor | None:
     """No mask for one packed row or plain causal rows, which `packing` and `is_causal` handle; else SDPA's mask."""
     plain = kwargs["batch_size"] == 1 or kwargs.get("allow_is_causal_skip", True)
-    if attention_mask is None and int(q_length) == int(kv_length) and plain and kwargs.get("local_size") is None:
+    if (
+        attention_mask is None
+        and int(q_length) == int(kv_length)
+        and plain
+        and kwargs.get("local_size") is None
+    ):
         return None
     return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
 

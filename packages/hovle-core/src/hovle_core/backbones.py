@@ -3,8 +3,14 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hovle_core.processor import add_image_tokens
 from hovle_core.roles import LLMBackbone
@@ -24,9 +30,13 @@ class TransformersBackbone(LLMBackbone):
 
     def __init__(self, path: str, from_config: bool = False, seed: int = 0, overrides: dict | None = None):
         if Path(path).exists() and not (Path(path) / "config.json").is_file():
-            raise ValueError(f"backbone path {path!r} holds no config.json; give the folder of a saved causal LM")
+            raise ValueError(
+                f"backbone path {path!r} holds no config.json; give the folder of a saved causal LM"
+            )
         if overrides and not from_config:
-            raise ValueError("overrides change the architecture, so they need from_config=True (random weights)")
+            raise ValueError(
+                "overrides change the architecture, so they need from_config=True (random weights)"
+            )
         self.path, self.from_config, self.seed, self.overrides = path, from_config, seed, overrides or {}
 
     def config(self) -> PreTrainedConfig:

@@ -1,6 +1,7 @@
 """What a checkpoint stores: the holistic embedding's config, the LLM's own config, and how the two meet."""
 
 import copy
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -24,8 +25,12 @@ class HolisticEmbeddingConfig(PreTrainedConfig):
     intermediate_size: int = 8192
     num_hidden_layers: int = 8
     num_attention_heads: int = 16
-    num_key_value_heads: int | None = 8
-    head_dim: int | None = None
+    if TYPE_CHECKING:  # None is taken in and never kept: a built config has numbers
+        num_key_value_heads: int
+        head_dim: int
+    else:
+        num_key_value_heads: int | None = 8
+        head_dim: int | None = None
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 32768
@@ -39,7 +44,7 @@ class HolisticEmbeddingConfig(PreTrainedConfig):
     downsample_ratio: float = 0.5
     pixel_shuffle_loc: str = "pre"
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -87,18 +92,22 @@ class HovleConfig(PreTrainedConfig):
     """
 
     model_type = "hovle"
-    sub_configs_defaults = {  # noqa: RUF012 (transformers' own convention: a class attribute that it rewrites)
+    sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
         "embedding_config": HolisticEmbeddingConfig,
     }
 
-    text_config: dict | PreTrainedConfig | None = None
-    embedding_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # dicts and None are taken in and never kept: transformers builds the sub-configs
+        text_config: PreTrainedConfig
+        embedding_config: HolisticEmbeddingConfig
+    else:
+        text_config: dict | PreTrainedConfig | None = None
+        embedding_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 92546
     # The LLM ties its head to its own table, not to the holistic embedding's; text_config says whether.
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.embedding_config.hidden_size != self.text_config.hidden_size:
             raise ValueError(
@@ -106,7 +115,7 @@ class HovleConfig(PreTrainedConfig):
                 f"text_config.hidden_size {self.text_config.hidden_size}: the LLM reads the embedding's output"
             )
 
-    def get_text_config(self, decoder=None, encoder=None):
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The LLM's config; for `decoder=True` with the embedding blocks counted in, since `generate` sizes its
         cache by it. The LLM's layers come first in that cache (see `modeling.split_cache`)."""
         text_config = super().get_text_config(decoder=decoder, encoder=encoder)

@@ -39,7 +39,9 @@ class Expansion:
 
     def gather(self, values: Tensor) -> Tensor:
         """`[B, T, ...] -> [B, E, ...]`, a placeholder's value repeated for each of its block positions."""
-        index = self.source.view(*self.source.shape, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:])
+        index = self.source.view(*self.source.shape, *[1] * (values.ndim - 2)).expand(
+            -1, -1, *values.shape[2:]
+        )
         return values.gather(1, index)
 
 

@@ -7,6 +7,8 @@ Shapes: B batch, T tokens in `input_ids` and in the LLM, E tokens in the blocks 
 N tiles, S tile side in pixels, P image tokens a tile, D hidden size.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
@@ -30,7 +32,7 @@ class HolisticEmbedding(PreTrainedModel):
     config: HolisticEmbeddingConfig
     base_model_prefix = "embedding"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TransformerBlock"]  # noqa: RUF012 (transformers' convention)
+    _no_split_modules = ["TransformerBlock"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: HolisticEmbeddingConfig):
@@ -43,7 +45,7 @@ class HolisticEmbedding(PreTrainedModel):
         self.post_init()
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, PatchEmbed):
             init.normal_(module.position_embedding, std=self.config.initializer_range)
@@ -62,7 +64,7 @@ class HolisticEmbedding(PreTrainedModel):
         attention_mask: Tensor | None,
         position_ids: Tensor,
         past_key_values: Cache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         """The causal stack alone, `[B, E, D] -> [B, E, D]`."""
         mask = create_causal_mask(
@@ -108,9 +110,20 @@ class HolisticEmbedding(PreTrainedModel):
             if images is not None:
                 x = place_image_tokens(x, is_image, images.flatten(0, 1))
             return self.blocks(x, attention_mask, position_ids, past_key_values, packing=packing)
-        return self._forward_post(x, is_image, images, position_ids, attention_mask, past_key_values, expansion)
+        return self._forward_post(
+            x, is_image, images, position_ids, attention_mask, past_key_values, expansion
+        )
 
-    def _forward_post(self, x, is_image, images, position_ids, attention_mask, past_key_values, expansion) -> Tensor:
+    def _forward_post(
+        self,
+        x: Tensor,
+        is_image: Tensor,
+        images: Tensor | None,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        expansion: Expansion | None,
+    ) -> Tensor:
         """HoVLE-HD: the blocks see every patch; the shuffle brings each tile down to its placeholders after them."""
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if expansion is None:
@@ -127,9 +140,17 @@ class HolisticEmbedding(PreTrainedModel):
         if images is not None:
             wide = place_image_tokens(wide, wide_is_image, images.flatten(0, 1))
         padded = not bool(expansion.attention_mask.all())
-        packing = None if padded or past_key_values is not None else Packing.from_position_ids(expansion.position_ids)
+        packing = (
+            None
+            if padded or past_key_values is not None
+            else Packing.from_position_ids(expansion.position_ids)
+        )
         wide = self.blocks(
-            wide, expansion.attention_mask if padded else None, expansion.position_ids, past_key_values, packing=packing
+            wide,
+            expansion.attention_mask if padded else None,
+            expansion.position_ids,
+            past_key_values,
+            packing=packing,
         )
         real = expansion.attention_mask[:, -wide.shape[1] :].bool()
         out = torch.zeros_like(x)

@@ -47,7 +47,7 @@ class HovleImageProcessor(BaseImageProcessor):
         image_mean, image_std: per-channel normalisation after division by 255.
     """
 
-    model_input_names = ["pixel_values"]  # noqa: RUF012 (transformers' convention)
+    model_input_names = ["pixel_values"]
 
     def __init__(
         self,
@@ -109,7 +109,9 @@ class HovleImageProcessor(BaseImageProcessor):
         std = torch.tensor(self.image_std, device=tiles.device).view(3, 1, 1) * 255
         return (tiles.float() - mean) / std
 
-    def __call__(self, images: Image.Image | Sequence[Image.Image], return_tensors: str = "pt") -> BatchFeature:
+    def __call__(
+        self, images: Image.Image | Sequence[Image.Image], return_tensors: str = "pt"
+    ) -> BatchFeature:
         """One or many PIL images -> `pixel_values [N, 3, S, S]` of all their tiles and `num_tiles` a picture.
 
         Raises ValueError for anything that is not a PIL image, and for `return_tensors` other than "pt".
@@ -119,7 +121,9 @@ class HovleImageProcessor(BaseImageProcessor):
         images = [images] if isinstance(images, Image.Image) else list(images)
         for image in images:
             if not isinstance(image, Image.Image):
-                raise ValueError(f"images must be PIL images, got {type(image).__name__}; open files with PIL.Image.open")
+                raise ValueError(
+                    f"images must be PIL images, got {type(image).__name__}; open files with PIL.Image.open"
+                )
         cut = [self.tiles(image) for image in images]
         tiles = torch.from_numpy(np.concatenate(cut)).permute(0, 3, 1, 2)
         return BatchFeature(
@@ -127,4 +131,8 @@ class HovleImageProcessor(BaseImageProcessor):
         )
 
 
-AutoImageProcessor.register(HovleConfig, image_processor_classes={"pil": HovleImageProcessor, "torchvision": HovleImageProcessor}, exist_ok=True)
+AutoImageProcessor.register(
+    HovleConfig,
+    image_processor_classes={"pil": HovleImageProcessor, "torchvision": HovleImageProcessor},
+    exist_ok=True,
+)

@@ -6,13 +6,13 @@ Shapes: B batch, T tokens, K target positions, V vocabulary, M matched tokens, C
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 IGNORE_INDEX = -100
 
 
-def next_token_loss(model, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
+def next_token_loss(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
     """Summed cross entropy of one packed row, `labels [1, T]` aligned with the tokens, -100 = no target.
 
     Logits are computed where there is a target and nowhere else (`[K, V]`, never `[T, V]`), in float32.

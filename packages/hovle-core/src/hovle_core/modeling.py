@@ -3,10 +3,12 @@
 Shapes: B batch, T tokens in `input_ids`, N tiles of all samples, S tile side in pixels, V vocabulary.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -23,6 +25,7 @@ from hovle_core.attention import Packing
 from hovle_core.config import HolisticEmbeddingConfig, HovleConfig
 from hovle_core.fusion import Expansion, expand_placeholders
 from hovle_core.holistic_embedding import HolisticEmbedding
+from hovle_core.layers import TransformerBlock
 from hovle_core.official import is_released, load_released
 
 attention.register()
@@ -53,8 +56,8 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TransformerBlock"]  # noqa: RUF012 (transformers' convention)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _no_split_modules = ["TransformerBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: HovleConfig):
@@ -80,7 +83,9 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"embedding_config.vocab_size {embedding_config.vocab_size} must equal the LLM's {table.shape[0]}"
             )
         config = HovleConfig(
-            text_config=language_model.config, embedding_config=embedding_config, image_token_id=image_token_id
+            text_config=language_model.config,
+            embedding_config=embedding_config,
+            image_token_id=image_token_id,
         )
         model = cls(config)
         model.language_model.load_state_dict(language_model.state_dict())
@@ -88,18 +93,28 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model.generation_config.pad_token_id = language_model.generation_config.pad_token_id
         with torch.no_grad():
             model.embedding.embed_tokens.weight.copy_(table)
-            for block in model.embedding.layers:
+            for block in cast(Iterable[TransformerBlock], model.embedding.layers):
                 block.self_attn.o_proj.weight.zero_()
                 block.mlp.down_proj.weight.zero_()
         return model
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path | None,
+        *args: Any,
+        config: HovleConfig | None = None,
+        **kwargs: Any,
+    ) -> "HovleForConditionalGeneration":
         """As transformers', for our format and the released one. Raises ValueError for remote code or pickles."""
         if kwargs.pop("trust_remote_code", False):
-            raise ValueError("trust_remote_code must stay False: hovle-core runs its own code for released checkpoints")
+            raise ValueError(
+                "trust_remote_code must stay False: hovle-core runs its own code for released checkpoints"
+            )
         if kwargs.pop("use_safetensors", True) is False:
-            raise ValueError("use_safetensors must stay True: pickled weights can run code; convert them first")
+            raise ValueError(
+                "use_safetensors must stay True: pickled weights can run code; convert them first"
+            )
         if pretrained_model_name_or_path is not None and is_released(pretrained_model_name_or_path):
             config, state_dict = load_released(Path(pretrained_model_name_or_path), config)
             return super().from_pretrained(None, *args, config=config, state_dict=state_dict, **kwargs)
@@ -107,13 +122,13 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pretrained_model_name_or_path, *args, config=config, use_safetensors=True, **kwargs
         )
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding.embed_tokens
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embedding.embed_tokens = value
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Module | None:
         return self.language_model.get_output_embeddings()
 
     def embed(
@@ -127,10 +142,25 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """The holistic embedding's output, the LLM's `inputs_embeds [B, T, D]`. Arguments as in `forward`."""
         position_ids = self._positions(input_ids, attention_mask, position_ids, past_key_values)
-        packing = Packing.from_position_ids(position_ids) if attention_mask is None and past_key_values is None else None
-        return self._embed(input_ids, pixel_values, attention_mask, position_ids, past_key_values, packing, expansion)
+        packing = (
+            Packing.from_position_ids(position_ids)
+            if attention_mask is None and past_key_values is None
+            else None
+        )
+        return self._embed(
+            input_ids, pixel_values, attention_mask, position_ids, past_key_values, packing, expansion
+        )
 
-    def _embed(self, input_ids, pixel_values, attention_mask, position_ids, past_key_values, packing, expansion):
+    def _embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        past_key_values: Cache | None,
+        packing: Packing | None,
+        expansion: Expansion | None,
+    ) -> Tensor:
         return self.embedding(
             input_ids,
             input_ids == self.config.image_token_id,
@@ -143,7 +173,12 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     @staticmethod
-    def _positions(input_ids, attention_mask, position_ids, past_key_values) -> Tensor:
+    def _positions(
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> Tensor:
         if position_ids is not None:
             return position_ids
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -154,7 +189,7 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
+        input_ids: Tensor = None,  # type: ignore[assignment]  # needed; a default as transformers' forwards have
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -163,7 +198,7 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         expansion: Expansion | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """
         input_ids: `[B, T]`, with `tokens_per_tile` placeholders for each tile, in order (for HoVLE-HD too).
@@ -182,9 +217,15 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         blocks_cache, llm_cache = (None, None) if past_key_values is None else self._split(past_key_values)
         position_ids = self._positions(input_ids, attention_mask, position_ids, llm_cache)
-        packing = Packing.from_position_ids(position_ids) if attention_mask is None and input_ids.shape[1] > 1 else None
+        packing = (
+            Packing.from_position_ids(position_ids)
+            if attention_mask is None and input_ids.shape[1] > 1
+            else None
+        )
         if packing is not None and past_key_values is not None:
-            raise ValueError("position_ids restart (packed samples) but use_cache is on: pass use_cache=False")
+            raise ValueError(
+                "position_ids restart (packed samples) but use_cache is on: pass use_cache=False"
+            )
         inputs_embeds = self._embed(
             input_ids, pixel_values, attention_mask, position_ids, blocks_cache, packing, expansion
         )
@@ -206,8 +247,13 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return split_cache(cache, self.config.text_config.num_hidden_layers)
 
     def prepare_inputs_for_generation(
-        self, input_ids, pixel_values=None, attention_mask=None, is_first_iteration=False, **kwargs
-    ):
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """Pictures enter with the prompt only; HoVLE-HD also learns how far each row's pictures expand."""
         inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, is_first_iteration=is_first_iteration, **kwargs
@@ -215,7 +261,12 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if is_first_iteration or not kwargs.get("use_cache", True):
             inputs["pixel_values"] = pixel_values
         repeats = self.config.embedding_config.block_tokens_per_placeholder
-        if repeats > 1 and not is_first_iteration and attention_mask is not None and kwargs.get("use_cache", True):
+        if (
+            repeats > 1
+            and not is_first_iteration
+            and attention_mask is not None
+            and kwargs.get("use_cache", True)
+        ):
             whole = expand_placeholders(input_ids == self.config.image_token_id, repeats, attention_mask)
             new = inputs["input_ids"].shape[1]
             steps = torch.arange(new, device=input_ids.device).expand(input_ids.shape[0], new)

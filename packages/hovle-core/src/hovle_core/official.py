@@ -44,8 +44,10 @@ _INTERNLM2 = {
 def is_released(path: str | Path) -> bool:
     """Whether `path` is a local folder in the released format."""
     config = Path(path) / "config.json"
-    return config.is_file() and "embedding_config" in (raw := json.loads(config.read_text())) and (
-        raw.get("model_type") == RELEASED_MODEL_TYPE
+    return (
+        config.is_file()
+        and "embedding_config" in (raw := json.loads(config.read_text()))
+        and (raw.get("model_type") == RELEASED_MODEL_TYPE)
     )
 
 
@@ -66,14 +68,20 @@ def convert_config(released: Mapping[str, Any]) -> HovleConfig:
 
 def convert_llm_config(llm: Mapping[str, Any]) -> PreTrainedConfig:
     """`llm_config` as a transformers config; an InternLM2 becomes the Llama that it is."""
-    llm = {name: value for name, value in llm.items() if name not in ("attn_implementation", "auto_map", "architectures")}
+    llm = {
+        name: value
+        for name, value in llm.items()
+        if name not in ("attn_implementation", "auto_map", "architectures")
+    }
     kind = llm.pop("model_type", None)
     if kind == "internlm2":
         bias = llm.pop("bias", False)
         return LlamaConfig(**llm, attention_bias=bias, architectures=["LlamaForCausalLM"])
     if kind in ("llama", "qwen2"):
         return AutoConfig.for_model(kind, **llm)
-    raise ValueError(f"llm_config.model_type {kind!r} is not known; known are 'internlm2', 'llama' and 'qwen2'")
+    raise ValueError(
+        f"llm_config.model_type {kind!r} is not known; known are 'internlm2', 'llama' and 'qwen2'"
+    )
 
 
 def split_wqkv(wqkv: Tensor, num_key_value_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +89,8 @@ def split_wqkv(wqkv: Tensor, num_key_value_heads: int, head_dim: int) -> tuple[T
     its queries, then its key, then its value."""
     grouped = wqkv.view(num_key_value_heads, -1, head_dim, *wqkv.shape[1:])
     q, k, v = grouped[:, :-2], grouped[:, -2], grouped[:, -1]
-    return tuple(x.reshape(-1, *wqkv.shape[1:]).contiguous() for x in (q, k, v))
+    shape = (-1, *wqkv.shape[1:])
+    return q.reshape(shape).contiguous(), k.reshape(shape).contiguous(), v.reshape(shape).contiguous()
 
 
 def convert_state_dict(released: Mapping[str, Tensor], config: HovleConfig) -> dict[str, Tensor]:
@@ -149,7 +158,9 @@ def check_state_dict(tensors: Mapping[str, Tensor], config: HovleConfig) -> None
         expected = HovleForConditionalGeneration(config).state_dict()
     if config.text_config.tie_word_embeddings:
         expected.pop("language_model.lm_head.weight", None)
-        tensors = {name: tensor for name, tensor in tensors.items() if name != "language_model.lm_head.weight"}
+        tensors = {
+            name: tensor for name, tensor in tensors.items() if name != "language_model.lm_head.weight"
+        }
     problems = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
     problems += [f"unknown {name}" for name in sorted(tensors.keys() - expected.keys())]
     problems += [

@@ -19,7 +19,9 @@ def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
     n, patches, channels = x.shape
     side = round(patches**0.5)
     if side * side != patches or side % factor:
-        raise ValueError(f"pixel shuffle by {factor} needs a square grid of such a multiple, got {patches} tokens a tile")
+        raise ValueError(
+            f"pixel shuffle by {factor} needs a square grid of such a multiple, got {patches} tokens a tile"
+        )
     x = x.reshape(n, side, side // factor, channels * factor).permute(0, 2, 1, 3)
     x = x.reshape(n, side // factor, side // factor, channels * factor**2).permute(0, 2, 1, 3)
     return x.reshape(n, -1, channels * factor**2)
@@ -51,7 +53,9 @@ class PatchEmbed(nn.Module):
         self.patch_embedding = nn.Conv2d(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
-        self.position_embedding = nn.Parameter(torch.empty(1, 1 + self.patches_per_side**2, config.hidden_size))
+        self.position_embedding = nn.Parameter(
+            torch.empty(1, 1 + self.patches_per_side**2, config.hidden_size)
+        )
         self.register_buffer("class_embedding", torch.zeros(1, 1, config.hidden_size))
 
     def positions(self, rows: int, columns: int) -> Tensor:

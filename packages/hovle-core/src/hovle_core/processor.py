@@ -9,7 +9,7 @@ Shapes: T tokens, N tiles, S tile side in pixels, P image tokens a tile.
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,8 +22,8 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, P
 
 from hovle_core.config import HovleConfig
 from hovle_core.image_processor import HovleImageProcessor
+from hovle_core.losses import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
 
@@ -66,7 +66,9 @@ class HovleProcessor(ProcessorMixin):
             raise ValueError("image_processor and tokenizer are both needed")
         missing = [token for token in IMAGE_TOKENS if token not in tokenizer.get_vocab()]
         if missing:
-            raise ValueError(f"tokenizer lacks {missing}; add them with hovle_core.processor.add_image_tokens first")
+            raise ValueError(
+                f"tokenizer lacks {missing}; add them with hovle_core.processor.add_image_tokens first"
+            )
         self.tokens_per_tile = tokens_per_tile
         self.image_token = IMAGE_CONTEXT
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
@@ -75,7 +77,10 @@ class HovleProcessor(ProcessorMixin):
     # ---- training and chat -------------------------------------------------------------------------------------
 
     def encode(
-        self, messages: Sequence[Message], images: Sequence[Image.Image] = (), add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        images: Sequence[Image.Image] = (),
+        add_generation_prompt: bool = False,
     ) -> Encoded:
         """A conversation -> Encoded; only assistant answers are targets.
 
@@ -127,8 +132,12 @@ class HovleProcessor(ProcessorMixin):
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def batch(self, samples: Sequence[Encoded], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Left-padded model inputs `input_ids, attention_mask [B, T]` and `pixel_values [N, 3, S, S]` for `generate`."""
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        """Left-padded inputs `input_ids, attention_mask [B, T]` and `pixel_values [N, 3, S, S]` for `generate`."""
+        pad = (
+            self.tokenizer.pad_token_id
+            if self.tokenizer.pad_token_id is not None
+            else self.tokenizer.eos_token_id
+        )
         T = max(len(sample.input_ids) for sample in samples)
         input_ids = torch.full((len(samples), T), pad, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
@@ -144,14 +153,22 @@ class HovleProcessor(ProcessorMixin):
 
     # ---- transformers' own call --------------------------------------------------------------------------------
 
-    def __call__(self, images=None, text=None, return_tensors: str = "pt", **kwargs) -> BatchFeature:
+    def __call__(
+        self,
+        images: Image.Image | Sequence[Image.Image] | None = None,
+        text: str | Sequence[str] | None = None,
+        return_tensors: str = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
         """text (one or many) with one `<IMG_CONTEXT>` for each picture of `images`, in order -> model inputs.
 
         The text is a rendered prompt of the caller's own, so its special tokens count; for messages from users
         use `encode`. Raises ValueError if placeholders and images disagree.
         """
         if kwargs:
-            raise ValueError(f"unknown arguments {sorted(kwargs)}; HovleProcessor takes images, text, return_tensors")
+            raise ValueError(
+                f"unknown arguments {sorted(kwargs)}; HovleProcessor takes images, text, return_tensors"
+            )
         if return_tensors != "pt" or text is None:
             raise ValueError("text is needed, and return_tensors must be 'pt'")
         texts = [text] if isinstance(text, str) else list(text)
@@ -159,7 +176,9 @@ class HovleProcessor(ProcessorMixin):
         tiles = [self.image_processor.tiles(picture) for picture in pictures]
         placeholders = sum(t.count(self.image_token) for t in texts)
         if placeholders != len(tiles):
-            raise ValueError(f"text holds {placeholders} {self.image_token} placeholders for {len(tiles)} images")
+            raise ValueError(
+                f"text holds {placeholders} {self.image_token} placeholders for {len(tiles)} images"
+            )
         remaining = iter(tiles)
         samples = []
         for t in texts:
@@ -167,7 +186,9 @@ class HovleProcessor(ProcessorMixin):
             ids, own = self.tokenizer(first, add_special_tokens=False)["input_ids"], []
             for piece in rest:
                 own.append(next(remaining))
-                ids += self._picture(len(own[-1])) + self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+                ids += (
+                    self._picture(len(own[-1])) + self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+                )
             samples.append(self._encoded(ids, ids, own))
         return BatchFeature(self.batch(samples))
 
@@ -190,7 +211,9 @@ class HovleProcessor(ProcessorMixin):
 
     @cached_property
     def _special(self) -> re.Pattern:
-        return re.compile("|".join(re.escape(token) for token in sorted(self.tokenizer.all_special_tokens, key=len)))
+        return re.compile(
+            "|".join(re.escape(token) for token in sorted(self.tokenizer.all_special_tokens, key=len))
+        )
 
 
 class _Rendering:
@@ -215,7 +238,9 @@ class _Rendering:
             elif part["type"] == "text":
                 out.append(self._text(part["text"]))
             else:
-                raise ValueError(f"content part type {part['type']!r} is not known; known are 'image' and 'text'")
+                raise ValueError(
+                    f"content part type {part['type']!r} is not known; known are 'image' and 'text'"
+                )
         return "\n".join(out)
 
     def _text(self, text: str) -> str:
@@ -242,17 +267,21 @@ class _Rendering:
             prompt = self._render(self.messages[:i], add_generation_prompt=True)
             answer = self._render(self.messages[: i + 1], add_generation_prompt=False)
             if not prompt.startswith(done) or not answer.startswith(prompt):
-                raise ValueError("the chat template rewrites earlier turns, so answers cannot be told from prompts")
+                raise ValueError(
+                    "the chat template rewrites earlier turns, so answers cannot be told from prompts"
+                )
             pieces += [(prompt[len(done) :], False), (answer[len(prompt) :], True)]
             done = answer
         if add_generation_prompt or not pieces or self.messages[-1]["role"] != "assistant":
             rest = self._render(self.messages, add_generation_prompt)
             if not rest.startswith(done):
-                raise ValueError("the chat template rewrites earlier turns, so answers cannot be told from prompts")
+                raise ValueError(
+                    "the chat template rewrites earlier turns, so answers cannot be told from prompts"
+                )
             pieces.append((rest[len(done) :], False))
         return pieces
 
-    def tokenize(self, text: str, tile_counts) -> list[int]:
+    def tokenize(self, text: str, tile_counts: Iterator[int]) -> list[int]:
         """A rendered piece -> ids, pictures placed by id and literals as plain text."""
         ids: list[int] = []
         position = 0
@@ -273,7 +302,9 @@ class _Rendering:
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """Add the picture tokens a tokenizer lacks; returns how many. Resize the LLM's embeddings afterwards."""
-    return tokenizer.add_special_tokens({"additional_special_tokens": list(IMAGE_TOKENS)}, replace_extra_special_tokens=False)
+    return tokenizer.add_special_tokens(
+        {"additional_special_tokens": list(IMAGE_TOKENS)}, replace_extra_special_tokens=False
+    )
 
 
 AutoProcessor.register(HovleConfig, HovleProcessor, exist_ok=True)

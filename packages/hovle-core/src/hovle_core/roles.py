@@ -58,5 +58,3 @@ class TokenizerProvider(ABC):
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, holding the three picture tokens of `hovle_core.processor`."""
-
-

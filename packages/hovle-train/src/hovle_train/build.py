@@ -30,7 +30,9 @@ def build_backbone(config: ModelConfig, registry: Registry) -> LLMBackbone:
         options["path"] = resolve_checkpoint(options["path"])
     backbone = registry.build("backbone", config.backbone.name, **options)
     if not isinstance(backbone, LLMBackbone):
-        raise ValueError(f"backbone {config.backbone.name!r} is a {type(backbone).__name__}, not an LLMBackbone")
+        raise ValueError(
+            f"backbone {config.backbone.name!r} is a {type(backbone).__name__}, not an LLMBackbone"
+        )
     return backbone
 
 
@@ -39,7 +41,9 @@ def embedding_config(config: ModelConfig, llm: PreTrainedConfig, vocab_size: int
     known = set(HolisticEmbeddingConfig.__dataclass_fields__)
     if unknown := sorted(config.embedding.keys() - known):
         raise ValueError(f"model.embedding: unknown fields {unknown}; known are {sorted(_own_fields())}")
-    fields: dict[str, Any] = {name: getattr(llm, name) for name in _FROM_LLM if getattr(llm, name, None) is not None}
+    fields: dict[str, Any] = {
+        name: getattr(llm, name) for name in _FROM_LLM if getattr(llm, name, None) is not None
+    }
     return HolisticEmbeddingConfig(**{**fields, "vocab_size": vocab_size, **config.embedding})
 
 
@@ -64,7 +68,9 @@ def build_tokenizer(config: ModelConfig, registry: Registry) -> PreTrainedTokeni
     return tokenizer
 
 
-def build_processor(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, embedding: HolisticEmbeddingConfig):
+def build_processor(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, embedding: HolisticEmbeddingConfig
+) -> HovleProcessor:
     """The processor that goes with an embedding."""
     image_processor = HovleImageProcessor(tile_size=embedding.image_size, **config.image.model_dump())
     return HovleProcessor(image_processor, tokenizer, tokens_per_tile=embedding.tokens_per_tile)

@@ -76,7 +76,9 @@ def _is_whole(path: Path) -> bool:
         sizes = json.loads((path / STATE).read_text())["sizes"]
     except (OSError, ValueError, KeyError):
         return False
-    return all((path / name).is_file() and (path / name).stat().st_size == size for name, size in sizes.items())
+    return all(
+        (path / name).is_file() and (path / name).stat().st_size == size for name, size in sizes.items()
+    )
 
 
 def load(
@@ -109,7 +111,7 @@ def optimizer_state(
 
     Their settings are the recipe's and the step's, and are not stored.
     """
-    names = {p: name for name, p in weights.items()}
+    names: dict[torch.Tensor, str] = {p: name for name, p in weights.items()}
     return {
         f"{kind}/{names[p]}": value.detach().cpu().contiguous()
         for optimizer in optimizers
@@ -124,7 +126,9 @@ def load_optimizer_state(
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
     """Restore what `optimizer_state` gave, on the parameters' devices."""
-    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    owner = {
+        p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+    }
     for key, value in tensors.items():
         kind, name = key.split("/", 1)
         p = weights[name]

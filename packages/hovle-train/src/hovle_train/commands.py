@@ -15,14 +15,16 @@ if TYPE_CHECKING:  # `hovle --help` builds the parsers: what is heavy is importe
     from hovle_train.config import Recipe
 
 
-def add_train_parser(cli) -> None:
+def add_train_parser(cli: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `hovle train` to the sub-parsers."""
     parser = cli.add_parser("train", help="run one stage of training from a recipe")
     parser.add_argument("recipe", help="a YAML file, or the name of a recipe that a plugin offers")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="override a field, such as optim.lr=3e-4 (may be repeated)")  # fmt: skip
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
-    parser.add_argument("--dry-run", action="store_true", help="check data and model, print the plan, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check data and model, print the plan, and stop"
+    )
     parser.add_argument("--local", action="store_true", help="run in this process, without Ray")
     parser.set_defaults(run=run_train)
 
@@ -46,11 +48,13 @@ def run_train(args: argparse.Namespace) -> int:
 def train(recipe: Recipe, local: bool = False, console: Console | None = None) -> None:
     """Run a recipe to its end with a progress bar, resuming what is there; says so if it is finished already."""
     from rich.console import Console
+    from transformers.utils import logging
 
     from hovle_train.progress import follow
     from hovle_train.ray_trainer import run_local, run_on_ray
 
     console = console or Console(stderr=True)
+    logging.disable_progress_bar()  # there is one bar, the run's
     if is_finished(recipe.path):
         console.print(f"{recipe.stage.name}: finished already, in {recipe.path}", highlight=False)
         return
@@ -58,7 +62,9 @@ def train(recipe: Recipe, local: bool = False, console: Console | None = None) -
         (run_local if local else run_on_ray)(recipe)
     summary = read_summary(recipe.path)
     numbers = "  ".join(f"{k} {v:.4g}" for k, v in summary["metrics"].items() if isinstance(v, float))
-    console.print(f"{recipe.stage.name}: {summary['seconds']:.0f} s  {numbers}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{recipe.stage.name}: {summary['seconds']:.0f} s  {numbers}", highlight=False, soft_wrap=True
+    )
 
 
 def dry_run(recipe: Recipe, plugins: HovlePlugins) -> None:
@@ -82,10 +88,18 @@ def dry_run(recipe: Recipe, plugins: HovlePlugins) -> None:
     table = Table("", "", show_header=False, title=f"{recipe.stage.name} -> {recipe.run_dir}")
     table.add_row("parameters", f"{total:,}, of which {trainable:,} train")
     table.add_row("steps", f"{recipe.train.steps:,} of {recipe.train.global_batch_size:,} samples")
-    table.add_row("first step", f"{tokens:,} tokens and {sum(b.num_tiles for b in batches):,} tiles in {len(batches)} rows")
+    table.add_row(
+        "first step",
+        f"{tokens:,} tokens and {sum(b.num_tiles for b in batches):,} tiles in {len(batches)} rows",
+    )
     table.add_row("tokens in all", f"about {tokens * recipe.train.steps:,}")
     table.add_row("precision", str(trainer.dtype).removeprefix("torch."))
-    table.add_row("workers", f"{recipe.resources.num_workers}, {'GPU' if recipe.resources.use_gpu else 'CPU'}")
-    table.add_row("optimizer state", f"about {trainable * 8 / 2**30:.2f} GiB beside {total * 4 / 2**30:.2f} GiB of weights")
+    table.add_row(
+        "workers", f"{recipe.resources.num_workers}, {'GPU' if recipe.resources.use_gpu else 'CPU'}"
+    )
+    table.add_row(
+        "optimizer state",
+        f"about {trainable * 8 / 2**30:.2f} GiB beside {total * 4 / 2**30:.2f} GiB of weights",
+    )
     table.add_row("would resume", "yes" if (Path(recipe.run_dir) / "checkpoints").is_dir() else "no")
     Console().print(table)

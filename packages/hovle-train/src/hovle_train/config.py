@@ -1,7 +1,8 @@
-"""Recipes: what a run is, in YAML, checked before anything starts. Unknown keys are errors that suggest the right one."""
+"""Recipes: what a run is, in YAML, checked before anything starts. Unknown keys are errors that suggest a right one."""
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hovle_core.registry import Registry
+
+
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 class Section(BaseModel):
@@ -137,7 +141,9 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_recipe(recipe: str | Path, overrides: list[str] | None = None, registry: Registry | None = None) -> Recipe:
+def load_recipe(
+    recipe: str | Path, overrides: list[str] | None = None, registry: Registry | None = None
+) -> Recipe:
     """Read a recipe from a file, or by the name a plugin gave it, and apply `a.b=value` overrides (values are YAML).
 
     Raises FileNotFoundError for no such file or name, ValueError naming every bad key with a suggestion.
@@ -146,7 +152,9 @@ def load_recipe(recipe: str | Path, overrides: list[str] | None = None, registry
     if not path.is_file():
         names = [spec.name for spec in registry.specs("recipe")] if registry else []
         if registry is None or str(recipe) not in names:
-            raise FileNotFoundError(f"no recipe file {str(recipe)!r}, and no plugin offers one by that name (known: {names})")
+            raise FileNotFoundError(
+                f"no recipe file {str(recipe)!r}, and no plugin offers one by that name (known: {names})"
+            )
         path = registry.resource("recipe", str(recipe))
     raw = yaml.safe_load(path.read_text())
     if not isinstance(raw, dict):
@@ -164,16 +172,17 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]
         *parents, last = key.split(".")
         node: Any = raw
         for part in parents:
-            node = node[_list_index(node, part, override)] if isinstance(node, list) else node.setdefault(part, {})
+            node = (
+                node[_list_index(node, part, override)]
+                if isinstance(node, list)
+                else node.setdefault(part, {})
+            )
             if not isinstance(node, dict | list):
                 raise ValueError(f"override {override!r}: {part!r} is a value, not a section")
         parsed = yaml.safe_load(value)
         # YAML 1.1 reads 3e-4 as a string; people mean a number.
-        if isinstance(parsed, str):
-            try:
-                parsed = float(parsed)
-            except ValueError:
-                pass
+        if isinstance(parsed, str) and _EXPONENT.fullmatch(parsed):
+            parsed = float(parsed)
         node[_list_index(node, last, override) if isinstance(node, list) else last] = parsed
     return raw
 

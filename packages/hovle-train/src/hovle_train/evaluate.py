@@ -34,7 +34,7 @@ MAX_TOKENS = 4096
 @contextmanager
 def evaluating(model: nn.Module, precision: str = "auto") -> Iterator[None]:
     """No gradients, eval mode, and autocast where it is fast."""
-    device = next(model.parameters()).device
+    device = _device(model)
     dtype = resolve_precision(precision, device)
     was_training = model.training
     model.eval()
@@ -43,6 +43,10 @@ def evaluating(model: nn.Module, precision: str = "auto") -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def target_losses(
@@ -56,12 +60,14 @@ def target_losses(
     results: list[tuple[float, int]] = [(0.0, 0)] * len(samples)
     done = 0
     with evaluating(model):
-        for batch in pack(named, MAX_TOKENS, max_tiles=512):
+        for packed in pack(named, MAX_TOKENS, max_tiles=512):
+            batch = packed.to(_device(model))
             keep = (batch.labels[0, 1:] != IGNORE_INDEX).nonzero()[:, 0]
             logits = model(**_inputs(model, batch, processor), logits_to_keep=keep, use_cache=False).logits[0]
             losses = F.cross_entropy(logits.float(), batch.labels[0, 1:][keep], reduction="none")  # [K]
-            owner = torch.repeat_interleave(torch.arange(len(batch.keys)), torch.tensor(batch.sample_lengths))[keep + 1]
-            sums = torch.zeros(len(batch.keys)).index_add(0, owner, losses)
+            sample_of = torch.arange(len(batch.keys)).repeat_interleave(torch.tensor(batch.sample_lengths))
+            owner = sample_of[keep.cpu() + 1]
+            sums = torch.zeros(len(batch.keys)).index_add(0, owner, losses.cpu())
             counts = torch.bincount(owner, minlength=len(batch.keys))
             for key, total, count in zip(batch.keys, sums.tolist(), counts.tolist(), strict=True):
                 results[int(key)] = (total, count)
@@ -78,7 +84,9 @@ def _inputs(model: nn.Module, batch: PackedBatch, processor: HovleProcessor) -> 
     return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "packing": packing}
 
 
-def perplexity(model: nn.Module, processor: HovleProcessor, texts: Sequence[str], max_tokens: int = 512) -> float:
+def perplexity(
+    model: nn.Module, processor: HovleProcessor, texts: Sequence[str], max_tokens: int = 512
+) -> float:
     """exp of the mean loss a token over plain texts; each is read from its start, at most `max_tokens` of it."""
     samples = [processor.encode_text(text) for text in texts]
     cut = [Encoded(s.input_ids[:max_tokens], s.labels[:max_tokens], s.tiles) for s in samples]
@@ -100,10 +108,12 @@ def answers(
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            inputs = processor.batch([prompts[i] for i in rows], next(model.parameters()).device)
+            inputs = processor.batch([prompts[i] for i in rows], _device(model))
             out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
             new = out[:, inputs["input_ids"].shape[1] :]
-            for i, text in zip(rows, processor.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            for i, text in zip(
+                rows, processor.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
+            ):
                 results[i] = text.strip()
             if progress is not None:
                 progress(start + len(rows), len(prompts))
@@ -129,26 +139,35 @@ def image_cosine(
     `checkpoint` is the folder of a finished distillation, whose head and feature mean are used.
     """
     head, mean = load_head(checkpoint)
+    head, mean = head.to(_device(model)), mean.to(_device(model))
     total, count = 0.0, 0
     with evaluating(model):
         for start in range(0, len(tiles), batch_size):
             some = tiles[start : start + batch_size]
-            pixels = torch.from_numpy(some).permute(0, 3, 1, 2)
+            pixels = torch.from_numpy(some).permute(0, 3, 1, 2).to(_device(model))
             one = processor.encode_tiles(some[:1]).input_ids
-            ids = torch.from_numpy(one).repeat(len(some), 1)
+            ids = torch.from_numpy(one).repeat(len(some), 1).to(_device(model))
             embedded = model.embed(ids, processor.image_processor.normalize(pixels))
             student = head(embedded[ids == model.config.image_token_id].float())
-            target = to_student_grid(teacher.features(pixels), processor.tokens_per_tile).flatten(0, 1) - mean
+            target = (
+                to_student_grid(
+                    teacher.to(_device(model)).features(pixels), processor.tokens_per_tile
+                ).flatten(0, 1)
+                - mean
+            )
             total += float(F.cosine_similarity(student.float(), target, dim=-1).sum())
             count += len(target)
     return total / count
 
 
-def text_cosine(model: HovleForConditionalGeneration, processor: HovleProcessor, texts: Sequence[str]) -> float:
+def text_cosine(
+    model: HovleForConditionalGeneration, processor: HovleProcessor, texts: Sequence[str]
+) -> float:
     """Mean cosine of the holistic embedding's output to the LLM's own embedding over the tokens of texts."""
     total, count = 0.0, 0
     with evaluating(model):
-        for batch in pack([processor.encode_text(text) for text in texts], MAX_TOKENS, max_tiles=1):
+        for packed in pack([processor.encode_text(text) for text in texts], MAX_TOKENS, max_tiles=1):
+            batch = packed.to(_device(model))
             embedded = model.embed(**model_inputs(batch, processor))
             target = model.language_model.get_input_embeddings()(batch.input_ids)
             total += float(F.cosine_similarity(embedded.float(), target.float(), dim=-1).sum())

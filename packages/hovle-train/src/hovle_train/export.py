@@ -25,7 +25,9 @@ def peak_rss_gib() -> float:
 def git_commit() -> str | None:
     """The commit of the folder that the run was started in, if it is a git checkout."""
     try:
-        out = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        out = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return out.stdout.strip()

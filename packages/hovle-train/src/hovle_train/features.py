@@ -102,6 +102,8 @@ class TeacherFeatures:
         os.replace(temporary, folder / FEATURES)
         mean = (total / max(1, len(keys) * self.num_tokens)).tolist() if self.centre else [0.0] * self.size
         index = folder / "index.tmp"
-        index.write_text(json.dumps({"keys": keys, "mean": mean, "shape": [len(keys), self.num_tokens, self.size]}))
+        index.write_text(
+            json.dumps({"keys": keys, "mean": mean, "shape": [len(keys), self.num_tokens, self.size]})
+        )
         os.replace(index, folder / INDEX)
         self.open_store(folder)

@@ -19,8 +19,9 @@ def freeze_except(module: nn.Module, prefixes: Sequence[str]) -> None:
     set_train_mode(module)
 
 
-def set_train_mode(module: nn.Module) -> None:
-    """Train mode for modules that hold something trainable, eval for the rest."""
-    for child in module.modules():
-        parameters = list(child.parameters())
-        child.training = any(p.requires_grad for p in parameters)
+def set_train_mode(module: nn.Module, parent_trains: bool = True) -> None:
+    """Train mode for modules that hold something trainable, eval for the rest; dropout goes with its parent."""
+    parameters = list(module.parameters())
+    module.training = any(p.requires_grad for p in parameters) if parameters else parent_trains
+    for child in module.children():
+        set_train_mode(child, module.training)

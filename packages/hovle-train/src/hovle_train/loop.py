@@ -37,7 +37,9 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, plugins: HovlePlugins, runtime: Runtime):
         self.recipe, self.plugins, self.runtime = recipe, plugins, runtime
-        self.stage: Stage = plugins.registry.build("stage", recipe.stage.name, recipe=recipe, registry=plugins.registry)
+        self.stage: Stage = plugins.registry.build(
+            "stage", recipe.stage.name, recipe=recipe, registry=plugins.registry
+        )
         self.run_info = Run(recipe.path, recipe.stage.name, recipe.model_dump(mode="json"))
         self.checkpoints = recipe.path / "checkpoints"
         self.dtype = resolve_precision(recipe.train.precision, runtime.device)
@@ -54,7 +56,8 @@ class Trainer:
         self.prepare()
         first = self.resume()
         ledger = Ledger(
-            Ledger.rank_path(self.recipe.path, self.runtime.rank), max_share=self.recipe.data.max_quarantine_share
+            Ledger.rank_path(self.recipe.path, self.runtime.rank),
+            max_share=self.recipe.data.max_quarantine_share,
         )
         writer = MetricsWriter(self.recipe.path / METRICS_FILE) if self.runtime.is_main else None
         loader = self.loader(ledger)
@@ -63,7 +66,9 @@ class Trainer:
             for step, micro_batches, data_wait_s in batches:
                 logged = self.step(step, [batch.to(self.runtime.device) for batch in micro_batches])
                 tokens += sum(batch.num_tokens for batch in micro_batches)
-                window.add(data_wait_s=data_wait_s, tokens=sum(batch.num_tokens for batch in micro_batches), steps=1)
+                window.add(
+                    data_wait_s=data_wait_s, tokens=sum(batch.num_tokens for batch in micro_batches), steps=1
+                )
                 window.add(samples=sum(len(batch.keys) for batch in micro_batches), **logged)
                 self.log(step, window, writer, ledger)
                 self.save(step)
@@ -102,7 +107,10 @@ class Trainer:
         return first
 
     def _check_seed(self, state: dict[str, Any]) -> None:
-        for field, now in (("seed", self.recipe.seed), ("global_batch_size", self.recipe.train.global_batch_size)):
+        for field, now in (
+            ("seed", self.recipe.seed),
+            ("global_batch_size", self.recipe.train.global_batch_size),
+        ):
             if state[field] != now:
                 raise ValueError(
                     f"{field} is {now}, but the checkpoint in {self.recipe.path} was trained with {state[field]}: "
@@ -139,8 +147,8 @@ class Trainer:
         if not all(map(torch.isfinite, map(torch.tensor, [norm, *sums.values()]))):
             keys = [key for batch in micro_batches for key in batch.keys]
             raise FloatingPointError(
-                f"step {step}: loss or gradient is not finite ({sums}, gradient norm {norm}); stopped before the update. "
-                f"Samples of rank {self.runtime.rank}: {keys}"
+                f"step {step}: loss or gradient is not finite ({sums}, gradient norm {norm}); stopped before the "
+                f"update. Samples of rank {self.runtime.rank}: {keys}"
             )
         set_lr(self.optimizers, lr_share(self.recipe.optim, step, self.recipe.train.steps))
         for optimizer in self.optimizers:

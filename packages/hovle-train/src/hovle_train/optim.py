@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules. A schedule is a function of the step, so a resumed run needs no state of it."""
+"""Optimizers and learning-rate schedules. A schedule is a function of the step: a resumed run needs no state of it."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hovle_train.config import OptimConfig
+from hovle_train.muon import BatchedMuon
 
 
 def lr_share(config: OptimConfig, step: int, steps: int) -> float:
@@ -21,7 +22,9 @@ def lr_share(config: OptimConfig, step: int, steps: int) -> float:
     return 1.0
 
 
-def build_optimizers(config: OptimConfig, parameters: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    config: OptimConfig, parameters: Mapping[str, nn.Parameter]
+) -> list[torch.optim.Optimizer]:
     """Optimizers over trainable parameters by name. Matrices decay, vectors do not.
 
     Raises ValueError for an `lr_factors` prefix that matches no trainable parameter.
@@ -36,7 +39,7 @@ def build_optimizers(config: OptimConfig, parameters: Mapping[str, nn.Parameter]
     optimizers: list[torch.optim.Optimizer] = []
     if muon:
         groups = _groups(config, muon)
-        optimizers.append(torch.optim.Muon(groups, lr=config.lr, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(BatchedMuon(groups, lr=config.lr))
     if rest:
         groups = _groups(config, rest)
         optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True))
@@ -50,7 +53,7 @@ def set_lr(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
 
 
 def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim == 2 and ".layers." in name
+    return parameter.ndim == 2 and (".layers." in name or "pixel_shuffle_proj" in name)
 
 
 def _groups(config: OptimConfig, named: list[tuple[str, nn.Parameter]]) -> list[dict]:

@@ -7,7 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from hovle_train.metrics import read_metrics
 from hovle_train.runs import METRICS_FILE, STATUS_FILE
@@ -62,7 +69,9 @@ def status(run_dir: Path) -> tuple[int, str]:
     records = read_metrics(run_dir / METRICS_FILE)
     if records:
         last = records[-1]
-        shown = [f"{name} {last[name]:.3f}" for name in ("loss", "image_cosine", "text_cosine") if last.get(name)]
+        shown = [
+            f"{name} {last[name]:.3f}" for name in ("loss", "image_cosine", "text_cosine") if last.get(name)
+        ]
         return last["step"] + 1, "  ".join([*shown, f"{last['tokens_per_s']:,.0f} tokens/s"])
     text = run_dir / STATUS_FILE
     return 0, text.read_text() if text.is_file() else "starting workers"

@@ -34,6 +34,8 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray makes its workers give way to everything else (niceness 15); here they are what the machine is for.
+    "RAY_worker_niceness": "0",
 }
 
 
@@ -59,7 +61,9 @@ def run_on_ray(recipe: Recipe) -> None:
     if not ray.is_initialized():
         start_ray()
     resources = recipe.resources
-    cpus = resources.cpus_per_worker or max(1, int(ray.cluster_resources().get("CPU", 1)) // resources.num_workers)
+    cpus = resources.cpus_per_worker or max(
+        1, int(ray.cluster_resources().get("CPU", 1)) // resources.num_workers
+    )
     attempt = secrets.token_hex(8)
     trainer = TorchTrainer(
         _worker,
@@ -153,7 +157,11 @@ def _worker(config: dict[str, Any]) -> None:
     try:
         Trainer(recipe, load_plugins(), runtime).run()
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        content = {"attempt": config["attempt"], "rank": runtime.rank, "error": f"{type(error).__name__}: {error}"}
+        content = {
+            "attempt": config["attempt"],
+            "rank": runtime.rank,
+            "error": f"{type(error).__name__}: {error}",
+        }
         write_json(recipe.path / ERROR_FILE, content)
         logger.exception("not tried again")
         if runtime.world_size > 1:

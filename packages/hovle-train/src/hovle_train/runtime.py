@@ -34,7 +34,9 @@ class Runtime:
         """Each value summed over ranks; all ranks must pass the same keys."""
         if self.world_size == 1:
             return values
-        tensor = torch.tensor([values[key] for key in sorted(values)], dtype=torch.float64, device=self.device)
+        tensor = torch.tensor(
+            [values[key] for key in sorted(values)], dtype=torch.float64, device=self.device
+        )
         dist.all_reduce(tensor)
         return dict(zip(sorted(values), tensor.tolist(), strict=True))
 
@@ -57,5 +59,7 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
         if precision == "float32":
-            logger.warning("this %s has no fast bfloat16: training in float32, several times slower", device.type)
+            logger.warning(
+                "this %s has no fast bfloat16: training in float32, several times slower", device.type
+            )
     return getattr(torch, precision)

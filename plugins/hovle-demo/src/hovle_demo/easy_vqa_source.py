@@ -26,6 +26,11 @@ class Question:
     number: int
 
     @property
+    def is_negated(self) -> bool:
+        """ "is there not a circle?": its answer turns around what is seen."""
+        return _NEGATED.search(self.text) is not None
+
+    @property
     def is_open(self) -> bool:
         """Open questions ask for a shape or a colour; the others for yes or no."""
         return self.answer not in ("yes", "no")
@@ -84,7 +89,7 @@ def describe(questions: Iterable[Question]) -> dict[str, str]:
         if question.is_open:
             # "what color is the circle?" "blue": what an open question takes for granted is there, too.
             words.append(question.answer)
-        elif question.answer != ("no" if _NEGATED.search(question.text) else "yes"):
+        elif question.answer != ("no" if question.is_negated else "yes"):
             continue  # it says what is not there
         for word in words:
             kind = "color" if word in COLORS else "shape" if word in SHAPES else None

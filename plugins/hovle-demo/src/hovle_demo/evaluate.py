@@ -6,8 +6,9 @@ Blind baselines are those of the data's own test split: the best answer that a q
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,8 +19,9 @@ from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import Encoded, HovleProcessor
 from hovle_core.registry import Registry
 from hovle_data.decode import decode_image
-from hovle_data.schema import Sample
+from hovle_data.schema import Message, Sample
 from hovle_data.shards import ShardSource
+from hovle_demo.questions import DESCRIBE_QUESTION, NAME_QUESTIONS
 from hovle_demo.report import Example, Row
 from hovle_train import evaluate as metrics
 
@@ -39,7 +41,9 @@ class Evaluation:
     numbers: dict[str, Any] = field(default_factory=dict)
     examples: list[Example] = field(default_factory=list)
 
-    def add(self, key: str, group: str, name: str, value: float, unit: str, count: int, baseline: str = "") -> None:
+    def add(
+        self, key: str, group: str, name: str, value: float, unit: str, count: int, baseline: str = ""
+    ) -> None:
         self.rows.append(Row(group, name, value, unit, baseline, count))
         self.numbers[key] = round(value, 4)
 
@@ -59,7 +63,13 @@ class Models:
 
 
 def evaluate(
-    runs: Path, shards: Path, llm: Path, teacher: dict[str, Any], registry: Registry, seed: int, progress: Progress
+    runs: Path,
+    shards: Path,
+    llm: Path,
+    teacher: dict[str, Any],
+    registry: Registry,
+    seed: int,
+    progress: Progress,
 ) -> Evaluation:
     """Score the stages in `runs` (folders with `final/`) on the test sets in `shards`."""
     result = Evaluation()
@@ -86,25 +96,45 @@ def _shuffled(samples: Sequence[Sample], seed: int) -> list[Sample]:
     random.Random(seed).shuffle(pictures)
     moved = dict(zip(pictures, pictures[1:] + pictures[:1], strict=True))
     return [
-        Sample(sample.key, (moved[sample.images[0]],), sample.text, sample.messages, sample.meta) for sample in samples
+        Sample(sample.key, (moved[sample.images[0]],), sample.text, sample.messages, sample.meta)
+        for sample in samples
     ]
 
 
+def _heldout_texts(shards: Path) -> list[str]:
+    """The held-out prose: every sample of that set is a text."""
+    return [cast(str, sample.text) for sample in ShardSource(shards / "text_heldout")]
+
+
 def _prompts(processor: HovleProcessor, samples: Sequence[Sample]) -> list[Encoded]:
-    return [processor.encode(sample.messages[:1], _images(sample), add_generation_prompt=True) for sample in samples]
+    """The questions of easy-VQA, whose samples are conversations."""
+    return [
+        processor.encode(
+            cast(tuple[Message, ...], sample.messages)[:1], _images(sample), add_generation_prompt=True
+        )
+        for sample in samples
+    ]
 
 
 def accuracy(given: Sequence[str], samples: Sequence[Sample]) -> float:
     """Share of answers that are the true one, letter case aside."""
-    hits = [answer.casefold() == sample.meta["answer"].casefold() for answer, sample in zip(given, samples, strict=True)]
+    hits = [
+        answer.casefold() == sample.meta["answer"].casefold()
+        for answer, sample in zip(given, samples, strict=True)
+    ]
     return sum(hits) / len(hits)
 
 
 def _easy_vqa(result: Evaluation, models: Models, shards: Path, seed: int, progress: Progress) -> None:
-    sets = {"open": list(ShardSource(shards / "vqa_test_open")), "yes_no": list(ShardSource(shards / "vqa_test_yes_no"))}
+    sets = {
+        "open": list(ShardSource(shards / "vqa_test_open")),
+        "yes_no": list(ShardSource(shards / "vqa_test_yes_no")),
+    }
     sets["yes_no"] = random.Random(seed).sample(sets["yes_no"], min(NUM_YES_NO, len(sets["yes_no"])))
     for kind, samples in sets.items():
-        baseline, name = (BLIND_OPEN, "open questions") if kind == "open" else (BLIND_YES_NO, "yes/no questions")
+        baseline, name = (
+            (BLIND_OPEN, "open questions") if kind == "open" else (BLIND_YES_NO, "yes/no questions")
+        )
         for key, picture, asked in (
             (f"easy_vqa_{kind}", "right picture", samples),
             (f"easy_vqa_{kind}_shuffled", "shuffled pictures", _shuffled(samples, seed)),
@@ -114,9 +144,17 @@ def _easy_vqa(result: Evaluation, models: Models, shards: Path, seed: int, progr
                 models.model,
                 models.processor,
                 _prompts(models.processor, asked),
-                progress=lambda done, total, label=label: progress(label, done, total),
+                progress=partial(progress, label),
             )
-            result.add(key, "easy-VQA", f"{name}, {picture}", accuracy(given, asked), "accuracy", len(asked), baseline)
+            result.add(
+                key,
+                "easy-VQA",
+                f"{name}, {picture}",
+                accuracy(given, asked),
+                "accuracy",
+                len(asked),
+                baseline,
+            )
             if picture == "right picture":
                 _show(result, asked, given, seed)
                 result.numbers[f"{key}_by_answer"] = _by_answer(given, asked)
@@ -137,6 +175,15 @@ def _by_answer(given: Sequence[str], samples: Sequence[Sample]) -> dict[str, flo
     return {truth: round(sum(hits) / len(hits), 3) for truth, hits in sorted(by_answer.items())}
 
 
+def _ask(processor: HovleProcessor, sample: Sample, question: str, answer: str | None = None) -> Encoded:
+    """A question about a sample's picture, with its answer as target or open for generation."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    return processor.encode(messages, _images(sample), add_generation_prompt=answer is None)
+
+
 def _emoji(result: Evaluation, models: Models, shards: Path, progress: Progress) -> None:
     """Unseen concepts: is the true name likelier a token than nine others? With the picture of another as control."""
     samples = list(ShardSource(shards / "emoji_test"))
@@ -144,53 +191,35 @@ def _emoji(result: Evaluation, models: Models, shards: Path, progress: Progress)
         ("emoji_ranking", "unseen concepts, true name among 10", samples),
         ("emoji_ranking_shuffled", "the same with shuffled pictures", _shuffled(samples, 0)),
     ):
-        candidates = []
-        for sample in asked:
-            (image,) = _images(sample)
-            for candidate in [sample.meta["name"], *sample.meta["distractors"]]:
-                candidates.append(
-                    models.processor.encode(
-                        [
-                            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
-                            {"role": "assistant", "content": candidate},
-                        ],
-                        [image],
-                    )
-                )
-        losses = metrics.target_losses(
-            models.model, models.processor, candidates, progress=lambda done, total: progress("emoji", done, total)
+        names = [[sample.meta["name"], *sample.meta["distractors"]] for sample in asked]
+        candidates = [
+            _ask(models.processor, sample, NAME_QUESTIONS[0], candidate)
+            for sample, group in zip(asked, names, strict=True)
+            for candidate in group
+        ]
+        losses = iter(
+            metrics.target_losses(
+                models.model, models.processor, candidates, partial(progress, f"emoji, {name}")
+            )
         )
-        ranks = [metrics.rank_of_first(losses[i : i + 10]) for i in range(0, len(losses), 10)]
+        ranks = [metrics.rank_of_first([next(losses) for _ in group]) for group in names]
         hits = sum(rank == 0 for rank in ranks) / len(ranks)
         result.add(key, "Emoji", name, hits, "accuracy", len(ranks), "chance 0.10")
-    prompts = [
-        models.processor.encode(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}],
-            _images(sample),
-            add_generation_prompt=True,
-        )
-        for sample in samples[: NUM_EXAMPLES // 3]
-    ]
-    for sample, answer in zip(samples, metrics.answers(models.model, models.processor, prompts), strict=False):
-        result.examples.append(Example(sample.images[0], "What is this? (unseen)", answer, sample.meta["name"]))
+    shown = samples[: NUM_EXAMPLES // 3]
+    prompts = [_ask(models.processor, sample, NAME_QUESTIONS[0]) for sample in shown]
+    for sample, answer in zip(shown, metrics.answers(models.model, models.processor, prompts), strict=True):
+        question = f"{NAME_QUESTIONS[0]} (an unseen concept)"
+        result.examples.append(Example(sample.images[0], question, answer, sample.meta["name"]))
 
 
 def _flags(result: Evaluation, models: Models, shards: Path, seed: int) -> None:
+    """How well held-out flags' descriptions are foreseen, with the right flag and with another one."""
     samples = list(ShardSource(shards / "captions_flags_test"))
     for key, name, asked in (
         ("flag_caption_loss", "held-out descriptions, right flag", samples),
         ("flag_caption_loss_shuffled", "held-out descriptions, shuffled flags", _shuffled(samples, seed)),
     ):
-        encoded = [
-            models.processor.encode(
-                [
-                    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe this flag."}]},
-                    {"role": "assistant", "content": sample.text},
-                ],
-                _images(sample),
-            )
-            for sample in asked
-        ]
+        encoded = [_ask(models.processor, sample, DESCRIBE_QUESTION, sample.text) for sample in asked]
         losses = metrics.target_losses(models.model, models.processor, encoded)
         mean = sum(loss for loss, _ in losses) / sum(count for _, count in losses)
         result.add(key, "Flags", name, mean, "nats a token", len(asked))
@@ -206,19 +235,25 @@ def _teachers(
     unique = [sample.images[0] for sample in pictures] + list(seen)[:500]
     tiles = np.concatenate([models.processor.image_processor.tiles(decode_image(image)) for image in unique])
     cosine = metrics.image_cosine(models.model, models.processor, encoder, checkpoint, tiles)
-    result.add("image_cosine", "Teachers", "unseen pictures to the vision teacher", cosine, "cosine", len(unique))
-    texts = [sample.text for sample in ShardSource(shards / "text_heldout")][:200]
+    result.add(
+        "image_cosine", "Teachers", "unseen pictures to the vision teacher", cosine, "cosine", len(unique)
+    )
+    texts = _heldout_texts(shards)[:200]
     cosine = metrics.text_cosine(models.model, models.processor, texts)
     result.add("text_cosine", "Teachers", "unseen prose to the LLM's embedding", cosine, "cosine", len(texts))
 
 
 def _language(result: Evaluation, finished: dict[str, Models], llm: Path, shards: Path) -> None:
     """Does the LLM keep its language? Perplexity on prose about countries that no stage has read."""
-    texts = [sample.text for sample in ShardSource(shards / "text_heldout")]
-    plain = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32, attn_implementation=PACKED_ATTENTION)
+    texts = _heldout_texts(shards)
+    plain = AutoModelForCausalLM.from_pretrained(
+        llm, dtype=torch.float32, attn_implementation=PACKED_ATTENTION
+    )
     any_processor = finished["distillation"].processor
     value = metrics.perplexity(plain, any_processor, texts)
-    result.add("perplexity_llm", "Language", "held-out countries' prose, plain LLM", value, "perplexity", len(texts))
+    result.add(
+        "perplexity_llm", "Language", "held-out countries' prose, plain LLM", value, "perplexity", len(texts)
+    )
     for stage, models in finished.items():
         value = metrics.perplexity(models.model, models.processor, texts)
         name = f"the same, HoVLE after {stage.replace('_', ' ')}"

@@ -12,6 +12,7 @@ from hovle_demo.split import rank
 
 NAME_QUESTIONS = ("What is this?", "What does the picture show?")
 COUNTRY_QUESTION = "Which country's flag is this?"
+DESCRIBE_QUESTION = "Describe this flag."
 
 
 class Qa(NamedTuple):
@@ -70,7 +71,7 @@ def about_flag(flag: Flag) -> list[Qa]:
     if flag.colors:
         found.append(Qa("colors", "What colors are on this flag?", listed(flag.colors)))
     if flag.description:
-        found.append(Qa("description", "Describe this flag.", flag.description))
+        found.append(Qa("description", DESCRIBE_QUESTION, flag.description))
     return found
 
 

@@ -3,41 +3,39 @@
 import argparse
 import json
 import os
-import platform
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hovle_core.plugins import HovlePlugins
-from hovle_demo.evaluate import evaluate
+from hovle_demo.evaluate import Evaluation, evaluate
+from hovle_demo.meters import Clock, Memory, machine
 from hovle_demo.prepare import prepare
-from hovle_demo.report import results_table, write_report
+from hovle_demo.prepare import Progress as Report
+from hovle_demo.report import Row, results_table, write_report
 from hovle_train.commands import train
 from hovle_train.config import Recipe, load_recipe
 from hovle_train.export import git_commit, write_json
 from hovle_train.metrics import read_metrics
-from hovle_train.runs import METRICS_FILE
+from hovle_train.runs import METRICS_FILE, is_finished, read_summary
 from hovle_train.runtime import has_fast_bfloat16
 
 STAGES = ("language_modeling", "distillation", "alignment", "instruction_tuning")
 SEED = 0
 NOTES = (
-    "The data are drawings, flags and shapes (OpenMoji, Factbook flags, easy-VQA), not photographs: this shows that all "
-    "three stages work and that the answers come from the picture, not how well HoVLE does on natural images.",
-    "The LLM of the default demo has a few million parameters and was pre-trained in about a minute on this text. It "
-    "knows nothing beyond it.",
-    "easy-VQA can be answered in part without looking; compare with the blind baseline and with shuffled pictures.",
+    "The data are drawings, flags and shapes (OpenMoji, Factbook flags, easy-VQA), not photographs: this shows that "
+    "all three stages work and that answers come from the picture, not how well HoVLE does on natural images.",
+    "easy-VQA can be answered in part without looking: compare with the blind baseline and with shuffled pictures.",
     "Names of unseen emoji are ranked against nine others, not generated: at this scale nobody names the unseen.",
 )
+SMALL_NOTE = "The LLM has a few million parameters and was pre-trained in minutes on the demo's own text. It knows nothing else."
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -45,64 +43,55 @@ def run_demo(args: argparse.Namespace) -> int:
     console = Console()
     out = Path(args.out or ("runs/demo" if args.llm == "small" else f"runs/demo-{args.llm}"))
     out.mkdir(parents=True, exist_ok=True)
-    if not has_fast_bfloat16(torch.device("cpu")) and not torch.cuda.is_available():
-        console.print(
-            "[yellow]warning:[/] this CPU has no fast bfloat16 (AMX): training runs in float32 and will take about "
-            "three times as long as on a CPU with it, 30 to 45 minutes on two cores.",
-            highlight=False,
-        )
+    _warn_if_slow(console)
     clock = Clock(out / "phases.json")
     with Memory() as memory:
-        with clock.phase("prepare"), _bars(console) as progress:
-            manifest = prepare(out / "prepared", seed=SEED, progress=progress)
-            llm = _llm(args.llm, out, progress)
-        total = sum(entry["samples"] for entry in manifest["sets"].values())
-        console.print(f"prepare: {total:,} samples in {len(manifest['sets'])} sets, {clock.seconds['prepare']:.0f} s")
+        manifest, llm = _prepare(args, out, clock, console)
         for stage in STAGES[1:] if llm else STAGES:
             recipe = demo_recipe(stage, out, llm, args.overrides, args.plugins)
             with clock.phase(stage):
                 train(recipe, local=args.local, console=console)
-        llm = llm or out / "language_modeling" / "final"
-        with clock.phase("evaluate"), _bars(console) as progress:
-            teacher = demo_recipe("distillation", out, llm, args.overrides, args.plugins).stage.options["teacher"]
-            result = evaluate(out, out / "prepared" / "shards", llm, teacher, args.plugins.registry, SEED, progress)
-    peak = max(memory.peak_gib, clock.remembered("peak_rss_gib"))
-    clock.remember("peak_rss_gib", peak)
-    facts = {
-        "llm": args.llm,
-        "wall_s": round(sum(clock.seconds.values()), 1),
-        "phases_s": {name: round(seconds, 1) for name, seconds in clock.seconds.items()},
-        "peak_rss_gib": round(peak, 2),
-        "machine": _machine(),
-        "commit": git_commit(),
-        "stages": {stage: _cost(out / stage) for stage in STAGES if (out / stage / "summary.json").is_file()},
-    }
-    write_json(out / "results.json", {**result.numbers, **facts})
-    curves = {stage: read_metrics(out / stage / METRICS_FILE) for stage in STAGES if (out / stage).is_dir()}
-    shown = {
-        "LLM": args.llm,
-        "wall time": f"{facts['wall_s']:.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in facts['phases_s'].items())})",
-        "peak memory": f"{facts['peak_rss_gib']} GiB",
-        "machine": facts["machine"],
-        "commit": facts["commit"] or "not a git checkout",
-        "data": ", ".join(f"{name} {package['version']}" for name, package in manifest["packages"].items()),
-    }
-    attributions = [p["attribution"] for p in manifest["packages"].values() if p.get("attribution")]
-    write_report(
-        out / "report.html", "HoVLE demo", result.rows, curves, result.examples, shown, [*NOTES, *attributions]
-    )
-    console.print(results_table(result.rows))
-    console.print(f"wall time {shown['wall time']}, peak memory {shown['peak memory']}", highlight=False, soft_wrap=True)
-    picture = out / "example.png"
-    picture.write_bytes(result.examples[0].image)
-    console.print(f"report:  {out / 'report.html'}\nnumbers: {out / 'results.json'}\nnow ask it something:", highlight=False)
-    command = f'hovle chat {out} --image {picture} "{result.examples[0].question}"'
-    console.print(f"  {_hovle()} {command.removeprefix('hovle ')}", highlight=False, soft_wrap=True)
+        rows = _saved_rows(out)
+        if rows is None:
+            result = _evaluate(args, out, llm, clock, console)
+            rows = result.rows
+            _write(args, out, result, manifest, clock, memory)
+    console.print(results_table(rows))
+    _say_what_next(out, console)
     return 0
 
 
+def _warn_if_slow(console: Console) -> None:
+    if torch.cuda.is_available() or has_fast_bfloat16(torch.device("cpu")):
+        return
+    console.print(
+        "[yellow]warning:[/] this CPU has no fast bfloat16 (AMX): training runs in float32 and will take about three "
+        "times as long as on a CPU with it, 30 to 45 minutes on two cores.",
+        highlight=False,
+    )
+
+
+def _prepare(
+    args: argparse.Namespace, out: Path, clock: Clock, console: Console
+) -> tuple[dict[str, Any], Path | None]:
+    """The manifest of the data, and the folder of a ready LLM (None: the demo pre-trains a small one)."""
+    with clock.phase("prepare"), _bars(console) as progress:
+        manifest = prepare(out / "prepared", seed=SEED, progress=progress)
+        llm = None
+        if args.llm == "smollm2":
+            from hovle_demo.smollm2 import prepare_smollm2
+
+            llm = prepare_smollm2(out / "prepared" / "smollm2", progress)
+    total = sum(entry["samples"] for entry in manifest["sets"].values())
+    seconds = clock.seconds["prepare"]
+    console.print(
+        f"prepare: {seconds:.0f} s  {total:,} samples in {len(manifest['sets'])} sets", highlight=False
+    )
+    return manifest, llm
+
+
 def demo_recipe(
-    stage: str, out: Path, llm: Path | None, overrides: list[str], plugins: HovlePlugins
+    stage: str, out: Path, llm: Path | None, overrides: Sequence[str], plugins: HovlePlugins
 ) -> Recipe:
     """The stage's recipe with this demo's folders. Raises ValueError for an override of no stage."""
     for override in overrides:
@@ -116,41 +105,93 @@ def demo_recipe(
     return recipe
 
 
-def _llm(name: str, out: Path, progress) -> Path | None:
-    """The folder of a ready LLM, or None for the small one that the demo pre-trains."""
-    if name == "small":
-        return None
-    from hovle_demo.smollm2 import prepare_smollm2
+def _evaluate(
+    args: argparse.Namespace, out: Path, llm: Path | None, clock: Clock, console: Console
+) -> Evaluation:
+    teacher = demo_recipe("distillation", out, llm, args.overrides, args.plugins).stage.options["teacher"]
+    llm = llm or out / "language_modeling" / "final"
+    with clock.phase("evaluate"), _bars(console) as progress:
+        return evaluate(out, out / "prepared" / "shards", llm, teacher, args.plugins.registry, SEED, progress)
 
-    return prepare_smollm2(out / "prepared" / name, progress)
+
+def _trained_at(out: Path) -> str:
+    return read_summary(out / STAGES[-1])["finished_at"]
+
+
+def _saved_rows(out: Path) -> list[Row] | None:
+    """The table of an earlier start, if it is of the model that is there now and the report exists."""
+    path = out / "results.json"
+    if not path.is_file() or not (out / "report.html").is_file():
+        return None
+    results = json.loads(path.read_text())
+    return [Row(**row) for row in results["rows"]] if results["trained_at"] == _trained_at(out) else None
+
+
+def _write(
+    args: argparse.Namespace,
+    out: Path,
+    result: Evaluation,
+    manifest: dict[str, Any],
+    clock: Clock,
+    memory: Memory,
+) -> None:
+    """`results.json`, `report.html` and a picture to ask about."""
+    done = [stage for stage in STAGES if is_finished(out / stage)]
+    facts: dict[str, Any] = {
+        "llm": args.llm,
+        "wall_s": round(sum(clock.seconds.values()), 1),
+        "phases_s": {name: round(seconds, 1) for name, seconds in clock.seconds.items()},
+        "peak_rss_gib": round(clock.peak(memory.peak_gib), 2),
+        "machine": machine(),
+        "commit": git_commit(),
+        "trained_at": _trained_at(out),
+        "stages": {stage: _cost(out / stage) for stage in done},
+    }
+    shown = {
+        "LLM": args.llm,
+        "Wall time": f"{facts['wall_s']:.0f} s: "
+        + ", ".join(f"{name.replace('_', ' ')} {s:.0f}" for name, s in facts["phases_s"].items()),
+        "Peak memory": f"{facts['peak_rss_gib']} GiB, all processes",
+        "Machine": facts["machine"],
+        "Commit": facts["commit"] or "not a git checkout",
+        "Data": ", ".join(f"{name} {package['version']}" for name, package in manifest["packages"].items()),
+    }
+    credits = [p["attribution"] for p in manifest["packages"].values() if p.get("attribution")]
+    notes = [*NOTES, *([SMALL_NOTE] if args.llm == "small" else []), *credits]
+    curves = {stage: read_metrics(out / stage / METRICS_FILE) for stage in done}
+    example = result.examples[0]
+    (out / "example.png").write_bytes(example.image)
+    (out / "example.txt").write_text(example.question)
+    write_report(out / "report.html", "HoVLE demo", result.rows, curves, result.examples, shown, notes)
+    write_json(
+        out / "results.json", {**result.numbers, **facts, "rows": [asdict(row) for row in result.rows]}
+    )
 
 
 def _cost(run: Path) -> dict[str, Any]:
-    summary = json.loads((run / "summary.json").read_text())
-    return {name: summary[name] for name in ("steps", "seconds", "tokens", "peak_rss_gib", "precision", "metrics")}
+    summary = read_summary(run)
+    return {
+        name: summary[name] for name in ("steps", "seconds", "tokens", "peak_rss_gib", "precision", "metrics")
+    }
 
 
-def _machine() -> str:
-    model = next(
-        (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
-    )
-    fast = "AMX" if has_fast_bfloat16(torch.device("cpu")) else "no AMX"
-    return f"{os.cpu_count()} x {model} ({fast}), {psutil.virtual_memory().total / 2**30:.0f} GiB"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
-
-
-def _hovle() -> str:
-    """How this very command was reached, so that what is printed can be typed."""
+def _say_what_next(out: Path, console: Console) -> None:
+    results = json.loads((out / "results.json").read_text())
+    phases = ", ".join(f"{name.replace('_', ' ')} {s:.0f}" for name, s in results["phases_s"].items())
     local = Path(".venv/bin/hovle")
-    return str(local) if local.is_file() and "VIRTUAL_ENV" not in os.environ else "hovle"
+    hovle = local if local.is_file() and "VIRTUAL_ENV" not in os.environ else "hovle"
+    console.print(
+        f"wall time {results['wall_s']:.0f} s ({phases}), peak memory {results['peak_rss_gib']} GiB\n"
+        f"report:  {out / 'report.html'}\nnumbers: {out / 'results.json'}\n"
+        f"now ask it something:\n"
+        f'  {hovle} chat {out} --image {out / "example.png"} "{(out / "example.txt").read_text()}"',
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @contextmanager
-def _bars(console: Console) -> Iterator[Any]:
+def _bars(console: Console) -> Iterator[Report]:
     """A progress callback (task, done, total) over rich bars."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bars:
@@ -162,64 +203,3 @@ def _bars(console: Console) -> Iterator[Any]:
             bars.update(tasks[task], completed=done, total=total)
 
         yield progress
-
-
-class Clock:
-    """Seconds of each phase, over all starts of the demo, so that a resumed one does not look fast."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"seconds": {}}
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        return self.content["seconds"]
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        before, started = self.seconds.get(name, 0.0), time.perf_counter()
-        try:
-            yield
-        finally:
-            # What was found done costs nothing: the time that counts is the one that did it.
-            spent = time.perf_counter() - started
-            self.seconds[name] = before + spent if before == 0 or spent > 5 else before
-            write_json(self.path, self.content)
-
-    def remember(self, name: str, value: float) -> None:
-        self.content[name] = value
-        write_json(self.path, self.content)
-
-    def remembered(self, name: str) -> float:
-        return float(self.content.get(name, 0.0))
-
-
-class Memory:
-    """The most memory that this process and all it started held together (PSS: shared pages count once)."""
-
-    INTERVAL_S = 2.0
-
-    def __init__(self) -> None:
-        self.peak_gib = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "Memory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        me = psutil.Process()
-        while not self._stop.wait(self.INTERVAL_S):
-            total = 0
-            for process in [me, *me.children(recursive=True)]:
-                try:
-                    info = process.memory_full_info()
-                except psutil.Error:
-                    continue  # gone since it was listed
-                total += getattr(info, "pss", info.rss)
-            self.peak_gib = max(self.peak_gib, total / 2**30)

@@ -20,9 +20,11 @@ TRAIN_SETS = (
     "chat_text",
     "chat_open",
     "chat_yes_no",
+    "chat_negated",
     "captions",
     "vqa_open",
     "vqa_yes_no",
+    "vqa_negated",
     "vqa_emoji",
     "vqa_flags",
 )
@@ -39,16 +41,22 @@ HELD_OUT_SETS = (
 def build_sets(sources: Sources, seed: int) -> dict[str, list[Sample]]:
     """All sets by name. Every key is unique over all of them; meta says source and concept or country."""
     open_questions = _open(sources.easy_train.questions)
-    yes_no_questions = balance_yes_no(sources.easy_train.questions, seed)
+    # Balanced, "the picture has it" and "the question is negated" say nothing each alone about the answer. Learning
+    # both at once stalls, so the two kinds are sets of their own, and recipes show more of the plain ones.
+    balanced = balance_yes_no(sources.easy_train.questions, seed)
+    plain = [question for question in balanced if not question.is_negated]
+    negated = [question for question in balanced if question.is_negated]
     return {
         "images": list(_images(sources)),
         "text": [*_prose(sources, "train"), *_lines(sources, seed)],
         "chat_text": list(_chat_text(sources, seed)),
         "chat_open": list(_chat_easy_vqa("chat-open", sources, open_questions)),
-        "chat_yes_no": list(_chat_easy_vqa("chat-yesno", sources, yes_no_questions)),
+        "chat_yes_no": list(_chat_easy_vqa("chat-yesno", sources, plain)),
+        "chat_negated": list(_chat_easy_vqa("chat-negated", sources, negated)),
         "captions": list(_captions(sources)),
         "vqa_open": _easy_vqa("vqa-open", sources, "train", open_questions),
-        "vqa_yes_no": _easy_vqa("vqa-yesno", sources, "train", yes_no_questions),
+        "vqa_yes_no": _easy_vqa("vqa-yesno", sources, "train", plain),
+        "vqa_negated": _easy_vqa("vqa-negated", sources, "train", negated),
         "vqa_emoji": list(_vqa_emoji(sources, seed)),
         "vqa_flags": list(_vqa_flags(sources)),
         "text_heldout": list(_prose(sources, "test")),

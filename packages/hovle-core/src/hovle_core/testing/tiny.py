@@ -1,7 +1,7 @@
 """Tiny models with random weights: real classes, real shapes, nothing learned."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 
 from hovle_core.config import HolisticEmbeddingConfig
 from hovle_core.image_processor import HovleImageProcessor
+from hovle_core.layers import TransformerBlock
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import IMAGE_CONTEXT, HovleProcessor, add_image_tokens
 from hovle_core.roles import TeacherEncoder
@@ -68,18 +69,24 @@ def tiny_embedding_config(vocab_size: int, **fields: Any) -> HolisticEmbeddingCo
 
 def tiny_processor(tokenizer: PreTrainedTokenizerBase | None = None, max_tiles: int = 4) -> HovleProcessor:
     """A processor of 56-pixel tiles for `tiny_embedding_config`."""
-    return HovleProcessor(HovleImageProcessor(56, 1, max_tiles), tokenizer or tiny_tokenizer(), tokens_per_tile=4)
+    return HovleProcessor(
+        HovleImageProcessor(56, 1, max_tiles), tokenizer or tiny_tokenizer(), tokens_per_tile=4
+    )
 
 
-def tiny_hovle(tokenizer: PreTrainedTokenizerBase, seed: int = 0, **embedding: Any) -> HovleForConditionalGeneration:
+def tiny_hovle(
+    tokenizer: PreTrainedTokenizerBase, seed: int = 0, **embedding: Any
+) -> HovleForConditionalGeneration:
     """A HoVLE of the above, every weight random: also the block projections that training starts at zero."""
     size = len(tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = HovleForConditionalGeneration.from_language_model(
-            tiny_llm(size, seed), tiny_embedding_config(size, **embedding), tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
+            tiny_llm(size, seed),
+            tiny_embedding_config(size, **embedding),
+            tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT),
         )
-        for block in model.embedding.layers:
+        for block in cast(Iterable[TransformerBlock], model.embedding.layers):
             torch.nn.init.normal_(block.self_attn.o_proj.weight, std=0.2)
             torch.nn.init.normal_(block.mlp.down_proj.weight, std=0.2)
     return model.eval()
@@ -88,10 +95,14 @@ def tiny_hovle(tokenizer: PreTrainedTokenizerBase, seed: int = 0, **embedding: A
 class GridTeacher(TeacherEncoder):
     """A teacher without weights: mean colours of a grid of cells, spread over `feature_size` fixed directions."""
 
+    directions: Tensor  # a buffer
+
     def __init__(self, feature_size: int = 8, grid: int = 2):
         super().__init__()
         self.feature_size, self.grid = feature_size, grid
-        self.register_buffer("directions", torch.randn(3, feature_size, generator=torch.Generator().manual_seed(0)))
+        self.register_buffer(
+            "directions", torch.randn(3, feature_size, generator=torch.Generator().manual_seed(0))
+        )
 
     def grid_features(self, tiles: Tensor) -> Tensor:
         colours = F.adaptive_avg_pool2d(tiles.float() / 255, self.grid)  # [N, 3, grid, grid]

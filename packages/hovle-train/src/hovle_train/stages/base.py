@@ -31,6 +31,8 @@ class Stage(ABC):
 
     Class attributes: `name`, as recipes call it; `Options`, what `stage.options` may hold; `target_kinds`, the names
     of what its losses are sums over.
+    `module`, in every method that takes it, is the nn.Module that the same stage's `build` returned. It is typed Any so
+    that a stage can name its own class there.
     Raises ValueError for options that do not validate.
     """
 
@@ -44,14 +46,16 @@ class Stage(ABC):
         try:
             self.options: Any = self.Options.model_validate(recipe.stage.options)
         except ValidationError as error:
-            raise ValueError(f"stage.options of {self.name!r} are not valid:\n{explain(error, self.Options)}") from None
+            raise ValueError(
+                f"stage.options of {self.name!r} are not valid:\n{explain(error, self.Options)}"
+            ) from None
 
     @abstractmethod
     def build(self) -> tuple[nn.Module, HovleProcessor]:
         """The module that the loop trains (float32, on the CPU) and the processor."""
 
     @abstractmethod
-    def trainable(self, module: nn.Module) -> Sequence[str]:
+    def trainable(self, module: Any) -> Sequence[str]:
         """Prefixes of parameter names that train; everything else is frozen and in eval."""
 
     @abstractmethod
@@ -59,12 +63,12 @@ class Stage(ABC):
         """The samples, by global position."""
 
     @abstractmethod
-    def targets(self, module: nn.Module, batch: PackedBatch) -> dict[str, int]:
+    def targets(self, module: Any, batch: PackedBatch) -> dict[str, int]:
         """How many targets of each kind a batch has. The loop sums them over the step and over ranks."""
 
     @abstractmethod
     def loss(
-        self, module: nn.Module, batch: PackedBatch, totals: dict[str, float]
+        self, module: Any, batch: PackedBatch, totals: dict[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What is optimized, and what is logged.
 
@@ -73,11 +77,11 @@ class Stage(ABC):
         """
 
     @abstractmethod
-    def export(self, module: nn.Module, processor: HovleProcessor, folder: Path) -> None:
+    def export(self, module: Any, processor: HovleProcessor, folder: Path) -> None:
         """Write the finished checkpoint in transformers' format into `folder`."""
 
     def setup(
-        self, module: nn.Module, processor: HovleProcessor, runtime: Runtime, progress: Progress | None = None
+        self, module: Any, processor: HovleProcessor, runtime: Runtime, progress: Progress | None = None
     ) -> None:
         """Anything that must be ready before the first step, such as teacher features. Runs on every rank."""
         return None
@@ -85,7 +89,9 @@ class Stage(ABC):
     def mixture(self, sources: Sequence[Source], field: str) -> Mixture:
         """Open the sources of a recipe field. Raises ValueError naming the field if it is empty."""
         if not sources:
-            raise ValueError(f"data.{field} is empty, and stage {self.name!r} reads it: name at least one source")
+            raise ValueError(
+                f"data.{field} is empty, and stage {self.name!r} reads it: name at least one source"
+            )
         opened = [
             (self.registry.build("dataset", source.name, path=source.path, **source.options), source.weight)
             for source in sources
@@ -99,14 +105,16 @@ class NextTokenStage(Stage):
     def build(self) -> tuple[HovleForConditionalGeneration, HovleProcessor]:
         return build_hovle(self.recipe.model, self.registry, self.recipe.seed)
 
-    def targets(self, module: nn.Module, batch: PackedBatch) -> dict[str, int]:
+    def targets(self, module: HovleForConditionalGeneration, batch: PackedBatch) -> dict[str, int]:
         return {"loss": batch.num_target_tokens}
 
-    def loss(self, module, batch, totals):
+    def loss(
+        self, module: HovleForConditionalGeneration, batch: PackedBatch, totals: dict[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         loss = next_token_loss(module, model_inputs(batch, self.processor), batch.labels)
         return loss / totals["loss"], {"loss": loss.detach()}
 
-    def export(self, module: nn.Module, processor: HovleProcessor, folder: Path) -> None:
+    def export(self, module: HovleForConditionalGeneration, processor: HovleProcessor, folder: Path) -> None:
         save_hovle(module, processor, folder)
 
 
@@ -120,7 +128,7 @@ def model_inputs(batch: PackedBatch, processor: HovleProcessor) -> dict[str, Any
     }
 
 
-def save_hovle(model: nn.Module, processor: HovleProcessor, folder: Path) -> None:
+def save_hovle(model: HovleForConditionalGeneration, processor: HovleProcessor, folder: Path) -> None:
     """A finished HoVLE in transformers' format: config, safetensors, generation config and processor."""
     model.config.use_cache = True
     model.save_pretrained(folder)

@@ -87,7 +87,9 @@ class Distillation(Stage):
             if self.options.head == "linear":
                 return nn.Linear(hidden_size, self.features.size)
             return nn.Sequential(
-                nn.Linear(hidden_size, hidden_size * 4), nn.GELU(), nn.Linear(hidden_size * 4, self.features.size)
+                nn.Linear(hidden_size, hidden_size * 4),
+                nn.GELU(),
+                nn.Linear(hidden_size * 4, self.features.size),
             )
 
     def trainable(self, module: nn.Module) -> Sequence[str]:
@@ -122,7 +124,9 @@ class Distillation(Stage):
             self.features.build_store(store, batches, report)
         runtime.barrier()
         if not runtime.is_main and not self.features.open_store(store):
-            raise ValueError(f"{store} was built by rank 0 but cannot be read here: run_dir must be shared by all workers")
+            raise ValueError(
+                f"{store} was built by rank 0 but cannot be read here: run_dir must be shared by all workers"
+            )
 
     def _teacher_batches(self, processor: HovleProcessor) -> Iterator[tuple[list[str], Tensor]]:
         """All images in the order of their sources, as (tile keys, uint8 tiles `[N, 3, S, S]`).
@@ -153,7 +157,9 @@ class Distillation(Stage):
         images = int((batch.input_ids == module.model.config.image_token_id).sum())
         return {"image_cosine": images, "text_cosine": batch.input_ids.shape[1] - images}
 
-    def loss(self, module, batch, totals):
+    def loss(
+        self, module: DistillationModule, batch: PackedBatch, totals: dict[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         model = module.model
         embedded = model.embed(**model_inputs(batch, self.processor))[0]  # [T, D]
         is_image = batch.input_ids[0] == model.config.image_token_id
@@ -172,5 +178,7 @@ class Distillation(Stage):
     def export(self, module: DistillationModule, processor: HovleProcessor, folder: Path) -> None:
         """The HoVLE alone; the head goes into a file beside it, for evaluation only."""
         save_hovle(module.model, processor, folder)
-        head = {f"head.{name}": tensor.cpu().contiguous() for name, tensor in module.head.state_dict().items()}
+        head = {
+            f"head.{name}": tensor.cpu().contiguous() for name, tensor in module.head.state_dict().items()
+        }
         save_file({**head, "mean": self.features.mean.cpu()}, folder / HEAD_FILE)

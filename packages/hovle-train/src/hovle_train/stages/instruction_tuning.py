@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import nn
-
+from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import HovleProcessor
 from hovle_data.quarantine import Ledger
 from hovle_data.streams import PairStream, Stream
@@ -19,11 +18,15 @@ class InstructionTuning(NextTokenStage):
 
     name = "instruction_tuning"
 
-    def trainable(self, module: nn.Module) -> Sequence[str]:
+    def trainable(self, module: HovleForConditionalGeneration) -> Sequence[str]:
         if llm_is_tied(module):
             return ["embedding.", "language_model."]
         unread = module.language_model.get_input_embeddings().weight
-        llm = [name for name, p in module.named_parameters() if name.startswith("language_model.") and p is not unread]
+        llm = [
+            name
+            for name, p in module.named_parameters()
+            if name.startswith("language_model.") and p is not unread
+        ]
         return ["embedding.", *llm]
 
     def stream(self, processor: HovleProcessor, ledger: Ledger) -> Stream:

@@ -6,12 +6,13 @@ No part of the paper, which takes a finished LLM. It makes small LLMs for machin
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hovle_core.attention import Packing
 from hovle_core.config import HolisticEmbeddingConfig
 from hovle_core.losses import next_token_loss
-from hovle_core.processor import HovleProcessor
+from hovle_core.processor import Encoded, HovleProcessor
 from hovle_data.packing import PackedBatch
 from hovle_data.quarantine import Ledger
 from hovle_data.schema import Sample
@@ -20,15 +21,11 @@ from hovle_train.build import build_backbone, build_processor, build_tokenizer, 
 from hovle_train.stages.base import Stage
 
 
-class TextOrChatStream(ConversationStream):
-    """Plain text, and conversations without pictures; every token is a target in both."""
+class TextOrChatStream(ConversationStream, TextStream):
+    """Plain text with every token a target, and conversations without pictures with their answers as targets."""
 
-    def encode(self, sample: Sample, k: int):
-        if sample.text is not None:
-            return TextStream.encode(self, sample, k)
-        encoded = super().encode(sample, k)
-        encoded.labels = encoded.input_ids.copy()
-        return encoded
+    def encode(self, sample: Sample, k: int) -> Encoded:
+        return TextStream.encode(self, sample, k) if sample.text is not None else super().encode(sample, k)
 
 
 class LanguageModeling(Stage):
@@ -36,7 +33,7 @@ class LanguageModeling(Stage):
 
     name = "language_modeling"
 
-    def build(self) -> tuple[nn.Module, HovleProcessor]:
+    def build(self) -> tuple[PreTrainedModel, HovleProcessor]:
         model = build_backbone(self.recipe.model, self.registry).model()
         prepare_for_training(model, self.recipe.model)
         # Pictures never come here, but one processor encodes text for every stage; any tile size will do.
@@ -58,7 +55,9 @@ class LanguageModeling(Stage):
     def targets(self, module: nn.Module, batch: PackedBatch) -> dict[str, int]:
         return {"loss": batch.num_target_tokens}
 
-    def loss(self, module, batch, totals):
+    def loss(
+        self, module: PreTrainedModel, batch: PackedBatch, totals: dict[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = {
             "input_ids": batch.input_ids,
             "position_ids": batch.position_ids,
@@ -67,7 +66,7 @@ class LanguageModeling(Stage):
         loss = next_token_loss(module, inputs, batch.labels)
         return loss / totals["loss"], {"loss": loss.detach()}
 
-    def export(self, module: nn.Module, processor: HovleProcessor, folder: Path) -> None:
+    def export(self, module: PreTrainedModel, processor: HovleProcessor, folder: Path) -> None:
         module.config.use_cache = True
         module.save_pretrained(folder)
         processor.tokenizer.save_pretrained(folder)

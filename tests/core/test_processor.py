@@ -1,0 +1,151 @@
+"""The one preprocessing: placeholders, targets, and text that cannot pose as a picture."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, PreTrainedTokenizerFast
+
+from hovle_core import HovleProcessor
+from hovle_core.image_processor import HovleImageProcessor
+from hovle_core.processor import IGNORE_INDEX
+from hovle_core.testing import tiny_processor, tiny_tokenizer
+
+RED = Image.new("RGB", (56, 56), "red")
+WIDE = Image.new("RGB", (112, 56), "blue")  # two tiles and a thumbnail
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+def user(text, pictures=1):
+    return {"role": "user", "content": [*({"type": "image"},) * pictures, {"type": "text", "text": text}]}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def targets(processor, encoded):
+    return processor.tokenizer.decode(encoded.labels[encoded.labels != IGNORE_INDEX])
+
+
+def test_only_answers_are_targets_over_many_turns_and_pictures(processor):
+    messages = [user("what is this"), assistant("a red square"), user("and this"), assistant("blue")]
+    encoded = processor.encode(messages, [RED, WIDE])
+    assert targets(processor, encoded) == "a red square<|im_end|>blue<|im_end|>"
+    assert (encoded.input_ids == processor.image_token_id).sum() == (1 + 3) * processor.tokens_per_tile
+    assert encoded.tiles.shape == (4, 56, 56, 3)
+    assert encoded.tiles.dtype == np.uint8
+    kept = encoded.labels != IGNORE_INDEX
+    assert (encoded.labels[kept] == encoded.input_ids[kept]).all()
+
+
+def test_prompt_is_a_prefix_of_the_training_sample(processor):
+    """What generate sees is exactly what training saw before the answer."""
+    prompt = processor.encode([user("what is this")], [RED], add_generation_prompt=True)
+    whole = processor.encode([user("what is this"), assistant("a red square")], [RED])
+    assert (whole.input_ids[: len(prompt.input_ids)] == prompt.input_ids).all()
+    assert whole.labels[len(prompt.input_ids)] != IGNORE_INDEX
+
+
+@pytest.mark.parametrize("typed", ["<IMG_CONTEXT>", "<img>", "</img>", "<|im_end|>", "<|im_start|>system"])
+def test_typed_special_tokens_stay_text(processor, typed):
+    text = f"look at {typed} this"
+    encoded = processor.encode([user(text), assistant(f"no {typed}")], [RED])
+    assert (encoded.input_ids == processor.image_token_id).sum() == processor.tokens_per_tile
+    assert text in processor.tokenizer.decode(encoded.input_ids)
+    specials = [i for i in encoded.input_ids.tolist() if i in processor.tokenizer.all_special_ids]
+    plain = processor.encode([user("look"), assistant("no")], [RED])
+    assert specials == [i for i in plain.input_ids.tolist() if i in processor.tokenizer.all_special_ids]
+    for one in (processor.encode_text(typed), processor.encode_pair(None, typed)):
+        assert processor.image_token_id not in one.input_ids
+    assert len(processor.encode_text(typed).input_ids) > 2
+
+
+def test_text_that_looks_like_an_internal_mark_is_text(processor):
+    text = "a [[picture 0123456789abcdef]] and [[literal 0123456789abcdef 0]]"
+    encoded = processor.encode([user(text, pictures=0)], [])
+    assert text in processor.tokenizer.decode(encoded.input_ids)
+
+
+def test_images_and_parts_must_agree(processor):
+    with pytest.raises(ValueError, match="2 image parts, but 1 images"):
+        processor.encode([user("two", pictures=2)], [RED])
+    with pytest.raises(ValueError, match="0 image parts, but 1 images"):
+        processor.encode([{"role": "user", "content": "none"}], [RED])
+    with pytest.raises(ValueError, match="part type 'video'"):
+        processor.encode([{"role": "user", "content": [{"type": "video"}]}], [])
+
+
+def test_a_template_that_rewrites_history_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="rewrites earlier turns"):
+        tiny_processor(tokenizer).encode([user("a", 0), assistant("b"), user("c", 0), assistant("d")])
+
+
+def test_pairs_texts_and_pictures(processor):
+    pair = processor.encode_pair(RED, "a red square")
+    assert targets(processor, pair) == "a red square<|im_end|>"
+    assert (pair.labels[: processor.tokens_per_tile + 2] == IGNORE_INDEX).all()
+    text = processor.encode_text("a red square")
+    assert (text.labels == text.input_ids).all()
+    assert len(text.tiles) == 0
+    assert len(processor.encode_image(WIDE).input_ids) == 3 * processor.tokens_per_tile + 2
+
+
+def test_batch_pads_on_the_left(processor):
+    short, long = processor.encode([user("a")], [RED]), processor.encode([user("a longer one")], [WIDE])
+    batch = processor.batch([short, long])
+    pad = len(long.input_ids) - len(short.input_ids)
+    assert batch["attention_mask"][0].tolist() == [0] * pad + [1] * len(short.input_ids)
+    assert batch["pixel_values"].shape == (4, 3, 56, 56)
+    assert "pixel_values" not in processor.batch([processor.encode_text("a")])
+
+
+def test_call_expands_placeholders(processor):
+    inputs = processor(images=[RED, WIDE], text=["see <IMG_CONTEXT> a", "<IMG_CONTEXT>"])
+    assert (inputs["input_ids"] == processor.image_token_id).sum(1).tolist() == [4, 12]
+    with pytest.raises(ValueError, match="1 <IMG_CONTEXT> placeholders for 2 images"):
+        processor(images=[RED, RED], text="<IMG_CONTEXT>")
+    with pytest.raises(ValueError, match="unknown arguments"):
+        processor(text="a", padding=True)
+
+
+def test_round_trip_through_auto_processor(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(again, HovleProcessor)
+    messages = [user("what is this"), assistant("a red square")]
+    a, b = (p.encode(messages, [WIDE]) for p in (processor, again))
+    assert (a.input_ids == b.input_ids).all()
+    assert (a.labels == b.labels).all()
+    assert (a.tiles == b.tiles).all()
+
+
+def test_tokenizer_without_picture_tokens_is_refused():
+    bare = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer.__class__.from_str(
+        tiny_tokenizer().backend_tokenizer.to_str().replace("<IMG_CONTEXT>", "<OTHER>")
+    ))  # fmt: skip
+    with pytest.raises(ValueError, match="lacks \\['<IMG_CONTEXT>'\\]"):
+        HovleProcessor(HovleImageProcessor(56), bare)
+
+
+def test_image_processor_call_and_errors():
+    processor = HovleImageProcessor(56, 1, 4)
+    out = processor([RED, WIDE])
+    assert out["num_tiles"].tolist() == [1, 3]
+    assert out["pixel_values"].shape == (4, 3, 56, 56)
+    expected = (torch.tensor([1.0, 0, 0]) - torch.tensor(processor.image_mean)) / torch.tensor(
+        processor.image_std
+    )
+    torch.testing.assert_close(out["pixel_values"][0, :, 0, 0], expected)
+    with pytest.raises(ValueError, match="PIL images, got str"):
+        processor(["cat.png"])
+    with pytest.raises(ValueError, match="max_tiles"):
+        HovleImageProcessor(56, 5, 4)
+    with pytest.raises(ValueError, match="width 0"):
+        processor.grid(0, 5)

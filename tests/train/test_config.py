@@ -1,0 +1,102 @@
+"""Recipes: what is misspelt is named with a suggestion, what is overridden takes effect."""
+
+import pytest
+
+from hovle_core.cli import main
+from hovle_train.config import apply_overrides, load_recipe, parse_recipe
+
+MINIMAL = {
+    "stage": {"name": "alignment"},
+    "run_dir": "runs/x",
+    "optim": {"lr": 1e-3},
+    "train": {"steps": 1, "global_batch_size": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optim": {"lr": 1e-3, "warmup": 5}}, "optim.warmup: unknown key, did you mean 'warmup_steps'"),
+        ({"optimizer": {}}, "optimizer: unknown key, did you mean 'optim'"),
+        ({"optim": {}}, "optim.lr: Field required"),
+        ({"optim": {"lr": -1}}, "optim.lr: .*greater than 0, got -1"),
+        (
+            {"data": {"sources": [{"path": "a", "wieght": 2}]}},
+            "data.sources.0.wieght: .*did you mean 'weight'",
+        ),
+        ({"model": {"image": {"tiles": 3}}}, "model.image.tiles: unknown key"),
+        ({"train": {"steps": "many", "global_batch_size": 1}}, "train.steps: .*got 'many'"),
+    ],
+)
+def test_problems_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe({**MINIMAL, **change})
+
+
+def test_overrides():
+    raw = apply_overrides(MINIMAL, ["optim.lr=3e-4", "data.sources=[{path: a}]", "data.sources.0.weight=2"])
+    recipe = parse_recipe(raw)
+    assert recipe.optim.lr == 3e-4
+    assert recipe.data.sources[0].weight == 2
+    assert MINIMAL["optim"]["lr"] == 1e-3
+    with pytest.raises(ValueError, match="key.sub_key=value"):
+        apply_overrides(MINIMAL, ["optim.lr"])
+    with pytest.raises(ValueError, match="is a value, not a section"):
+        apply_overrides(MINIMAL, ["run_dir.x.y=1"])
+
+
+def test_stage_options_are_checked(plugins, make_recipe):
+    from hovle_train.loop import Trainer
+    from hovle_train.runtime import Runtime
+
+    recipe = make_recipe("distillation", options={"teacher": {"name": "grid"}, "haed": "mlp"})
+    with pytest.raises(ValueError, match="haed: unknown key, did you mean 'head'"):
+        Trainer(recipe, plugins, Runtime())
+    recipe = make_recipe("alignment", options={"head": "mlp"})
+    with pytest.raises(ValueError, match="head: unknown key"):
+        Trainer(recipe, plugins, Runtime())
+
+
+def test_empty_sources_name_the_field(plugins, make_recipe):
+    from hovle_train.loop import Trainer
+    from hovle_train.runtime import Runtime
+
+    trainer = Trainer(make_recipe("alignment", data={"sources": []}), plugins, Runtime())
+    with pytest.raises(ValueError, match="data.sources is empty"):
+        trainer.run()
+
+
+def test_recipe_by_name_and_unknown(plugins):
+    assert load_recipe("demo/alignment", registry=plugins.registry).stage.name == "alignment"
+    with pytest.raises(FileNotFoundError, match="no recipe file 'demo/alignmnet'"):
+        load_recipe("demo/alignmnet", registry=plugins.registry)
+
+
+def test_print_config_resolves_and_round_trips(capsys, tmp_path):
+    assert main(["train", "demo/distillation", "--set", "optim.lr=1e-2", "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    path = tmp_path / "recipe.yaml"
+    path.write_text(printed)
+    recipe = load_recipe(path)
+    assert recipe.optim.lr == 0.01
+    assert recipe.to_yaml() == printed
+
+
+def test_bad_recipe_is_one_line_and_exit_code_2(capsys, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "stage: {name: alignment}\nrun_dir: x\noptim: {lrr: 1}\ntrain: {steps: 1, global_batch_size: 1}\n"
+    )
+    assert main(["train", str(path)]) == 2
+    assert "did you mean 'lr'" in capsys.readouterr().err
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(make_recipe, tmp_path, capsys, plugins):
+    from hovle_train.commands import dry_run
+
+    recipe = make_recipe("alignment")
+    dry_run(recipe, plugins)
+    out = capsys.readouterr().out
+    assert "of which" in out
+    assert "6 of 8 samples" in out
+    assert not recipe.path.exists()

@@ -1,0 +1,91 @@
+"""Schedules as functions of the step, parameter groups, and float32 masters."""
+
+import pytest
+import torch
+from torch import nn
+
+from hovle_train.config import OptimConfig
+from hovle_train.freeze import freeze_except
+from hovle_train.muon import BatchedMuon
+from hovle_train.optim import build_optimizers, lr_share, set_lr
+from hovle_train.weights import Weights
+
+
+def module():
+    return nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)]), "head": nn.Linear(4, 2)})
+
+
+def test_schedules():
+    cosine = OptimConfig(lr=1, warmup_steps=4)
+    assert [lr_share(cosine, step, 24) for step in (0, 3, 4, 14)] == pytest.approx([0.25, 1, 1, 0.5])
+    assert lr_share(cosine, 23, 24) < 0.01
+    wsd = OptimConfig(lr=1, schedule="wsd", decay_share=0.2)
+    assert [lr_share(wsd, step, 100) for step in (0, 79, 80, 90)] == pytest.approx([1, 1, 1, 0.5])
+    assert lr_share(OptimConfig(lr=1, schedule="constant"), 99, 100) == 1
+    assert lr_share(OptimConfig(lr=1, min_lr_share=0.1), 99, 100) == pytest.approx(0.1, abs=1e-3)
+
+
+def test_groups_and_factors():
+    config = OptimConfig(lr=1e-2, weight_decay=0.1, lr_factors={"head.": 0.5})
+    (optimizer,) = build_optimizers(config, dict(module().named_parameters()))
+    groups = {
+        (group["peak_lr"], group["weight_decay"]): len(group["params"]) for group in optimizer.param_groups
+    }
+    assert groups == {(1e-2, 0.1): 1, (1e-2, 0.0): 1, (5e-3, 0.1): 1, (5e-3, 0.0): 1}
+    set_lr([optimizer], 0.5)
+    assert {group["lr"] for group in optimizer.param_groups} == {5e-3, 2.5e-3}
+    with pytest.raises(ValueError, match="no trainable parameter starts with 'haed'"):
+        build_optimizers(OptimConfig(lr=1, lr_factors={"haed": 2}), dict(module().named_parameters()))
+
+
+def test_muon_takes_the_block_matrices_and_adamw_the_rest():
+    names = {
+        "model.layers.0.weight": nn.Parameter(torch.ones(4, 4)),
+        "head.weight": nn.Parameter(torch.ones(4, 4)),
+    }
+    muon, adamw = build_optimizers(OptimConfig(lr=1e-3, name="muon"), names)
+    assert isinstance(muon, BatchedMuon)
+    assert muon.param_groups[0]["params"] == [names["model.layers.0.weight"]]
+    assert adamw.param_groups[0]["params"] == [names["head.weight"]]
+
+
+def test_masters_take_steps_that_bfloat16_cannot():
+    net = module()
+    freeze_except(net, ["head."])
+    weights = Weights(net, torch.bfloat16)
+    before = net["head"].weight.detach().clone()
+    assert net["layers"][0].weight.dtype == net["head"].weight.dtype == torch.bfloat16
+    assert set(weights.masters) == {"head.weight", "head.bias"}
+    for _ in range(2):  # two micro-batches add up in float32
+        net["head"](torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+        weights.collect()
+    assert weights.masters["head.weight"].grad.dtype == torch.float32
+    assert weights.masters["head.weight"].grad.eq(2).all()
+    optimizer = torch.optim.SGD(list(weights), lr=1e-6)
+    for _ in range(2000):
+        optimizer.step()
+        weights.publish()
+    assert not torch.equal(net["head"].weight, before), "2,000 tiny steps must add up"
+    weights.restore(net)
+    assert net["head"].weight.dtype == torch.float32
+    assert torch.equal(net["head"].weight, weights.masters["head.weight"])
+
+
+def test_batched_muon_follows_torchs():
+    """The same matrices, gradients and settings, ten steps: equal up to the bfloat16 of the iterations."""
+    shapes = [(8, 8), (8, 24), (8, 24), (24, 8), (8, 8)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    a = BatchedMuon(ours, lr=1e-2, weight_decay=0.05)
+    b = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    before = [p.detach().clone() for p in ours]
+    for _ in range(10):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q, start in zip(ours, theirs, before, strict=True):
+        assert (p - q).norm() < 0.03 * (q - start).norm()
+    with pytest.raises(ValueError, match="matrices only"):
+        BatchedMuon([nn.Parameter(torch.ones(3))], lr=1)

@@ -1,0 +1,85 @@
+"""Real Ray: one worker equals the local loop, two equal one, a killed worker does not show, errors come through."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+import ray
+from safetensors.torch import load_file
+
+from hovle_train.metrics import read_metrics
+from hovle_train.ray_trainer import RAY_ENVIRONMENT, RecipeError, run_local, run_on_ray
+from hovle_train.runs import is_finished, read_summary
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    """A cluster of two cores."""
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def final_weights(recipe):
+    return load_file(recipe.path / "final" / "model.safetensors")
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def curve(recipe, name="loss"):
+    return [line[name] for line in read_metrics(recipe.path / "metrics.jsonl")]
+
+
+def test_two_workers_equal_one_process(local_ray, make_recipe, tmp_path):
+    """The same global batch on one process without Ray, and shared by two workers over gloo."""
+    one = make_recipe("instruction_tuning", run_dir=str(tmp_path / "one"))
+    run_local(one)
+    two = make_recipe("instruction_tuning", run_dir=str(tmp_path / "two"), resources={"num_workers": 2})
+    run_on_ray(two)
+    assert read_summary(two.path)["num_workers"] == 2
+    assert curve(two) == pytest.approx(curve(one), rel=1e-4)
+    assert largest_difference(final_weights(one), final_weights(two)) < 1e-4
+
+
+def kill_worker_at(recipe, step):
+    """SIGKILL the training worker once the run has logged `step`."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        records = read_metrics(recipe.path / "metrics.jsonl")
+        if records and records[-1]["step"] >= step:
+            for process in psutil.process_iter(["cmdline"]):
+                if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+                    os.kill(process.pid, signal.SIGKILL)
+            return
+        time.sleep(0.02)
+
+
+def test_a_killed_worker_resumes_to_the_same_weights(local_ray, make_recipe, tmp_path):
+    train = {"steps": 120, "checkpoint_every": 10}
+    resources = {"num_workers": 1, "cpus_per_worker": 1}
+    whole = make_recipe("alignment", run_dir=str(tmp_path / "whole"), train=train, resources=resources)
+    run_on_ray(whole)
+    killed = make_recipe("alignment", run_dir=str(tmp_path / "killed"), train=train, resources=resources)
+    killer = threading.Thread(target=kill_worker_at, args=(killed, 25))
+    killer.start()
+    run_on_ray(killed)
+    killer.join()
+    assert is_finished(killed.path)
+    assert largest_difference(final_weights(whole), final_weights(killed)) == 0
+    assert curve(whole) == curve(killed)
+
+
+def test_errors_that_no_restart_mends_come_through_at_once(local_ray, make_recipe):
+    recipe = make_recipe("alignment", data={"sources": []}, resources={"max_failures": 3})
+    with pytest.raises(RecipeError, match="data.sources is empty"):
+        run_on_ray(recipe)
+    assert json.loads((recipe.path / "error.json").read_text())["rank"] == 0
