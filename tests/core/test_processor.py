@@ -90,7 +90,7 @@ def test_a_template_that_rewrites_history_is_refused():
 def test_pairs_texts_and_pictures(processor):
     pair = processor.encode_pair(RED, "a red square")
     assert targets(processor, pair) == "a red square<|im_end|>"
-    assert (pair.labels[: processor.tokens_per_tile + 2] == IGNORE_INDEX).all()
+    assert (pair.labels[: processor.tokens_per_tile + 3] == IGNORE_INDEX).all()
     text = processor.encode_text("a red square")
     assert (text.labels == text.input_ids).all()
     assert len(text.tiles) == 0

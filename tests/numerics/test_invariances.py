@@ -172,3 +172,13 @@ def test_new_embedding_hands_the_llm_its_own_text(tokenizer):
         torch.testing.assert_close(
             model(input_ids=ids).logits, llm(input_ids=ids).logits, atol=1e-5, rtol=1e-5
         )
+
+
+@pytest.mark.parametrize("location", LOCATIONS)
+def test_rescaling_scales_the_output_and_nothing_else(tokenizer, processor, samples, location):
+    model = tiny_hovle(tokenizer, pixel_shuffle_loc=location)
+    inputs, _ = inputs_of(samples, processor)
+    with torch.no_grad():
+        before = model.embed(**inputs)
+        model.embedding.rescale_(0.25)
+        torch.testing.assert_close(model.embed(**inputs), before * 0.25, atol=1e-5, rtol=1e-4)

@@ -32,7 +32,11 @@ from hovle_demo.split import concept_split, country_split, head_word, rank
 from hovle_demo.tokenizer import PICTURE_TOKENS, sample_texts, train_tokenizer
 
 LIMIT = 400
-PICTURE_SETS = {"images", "captions", "vqa_open", "vqa_yes_no", "vqa_emoji", "vqa_flags"}
+PICTURE_SETS = {
+    *("images", "captions", "captions_flags"),
+    *("vqa_open", "vqa_yes_no", "vqa_negated", "vqa_emoji", "vqa_flags"),
+}
+CHAT_SETS = {"chat_text", "chat_open", "chat_yes_no", "chat_negated"}
 
 
 @pytest.fixture(scope="session")
@@ -104,11 +108,28 @@ def test_keys_are_unique_and_every_sample_is_valid(sets: dict[str, list[Sample]]
 def test_kinds(sets: dict[str, list[Sample]]) -> None:
     kinds = {name: {sample.kind for sample in samples} for name, samples in sets.items()}
     assert kinds.pop("images") == {"image"}
+    assert kinds.pop("text_captions") == {"text"}
     assert kinds.pop("text") == kinds.pop("text_heldout") == {"text"}
-    for name in ("captions", "captions_flags_test", "emoji_val", "emoji_test"):
+    for name in ("captions", "captions_flags", "captions_flags_test", "emoji_val", "emoji_test"):
         assert kinds.pop(name) == {"pair"}
     assert set(map(tuple, kinds.values())) == {("conversation",)}
-    assert not any(sample.images for sample in sets["chat_text"])
+    assert not any(sample.images for name in CHAT_SETS for sample in sets[name])
+
+
+def test_a_caption_stands_for_the_picture_in_chats(sets: dict[str, list[Sample]]) -> None:
+    """What is told answers the question, and the told and the asked are as in the conversations with pictures."""
+    for sample in sets["chat_open"]:
+        told, asked = str(sample.messages[0]["content"]).split("\n") if sample.messages else ("", "")
+        assert sample.messages is not None
+        assert sample.messages[1]["content"] in told.split()
+        assert asked in {s.meta["question"] for s in sets["vqa_open"]}
+
+
+def test_negated_questions_are_a_set_of_their_own(sets: dict[str, list[Sample]]) -> None:
+    assert all(" no " in s.meta["question"] or " not " in s.meta["question"] for s in sets["vqa_negated"])
+    assert not any(" not " in s.meta["question"] for s in sets["vqa_yes_no"])
+    told = {str(s.messages[0]["content"]).split("\n")[1] for s in sets["chat_negated"] if s.messages}
+    assert told <= {s.meta["question"] for s in sets["vqa_negated"]}
 
 
 def test_no_held_out_picture_is_trained_on(sets: dict[str, list[Sample]]) -> None:
@@ -116,7 +137,7 @@ def test_no_held_out_picture_is_trained_on(sets: dict[str, list[Sample]]) -> Non
     assert len(held_out) > LIMIT
     for name in PICTURE_SETS:
         assert not looks(sets[name]) & held_out, name
-    assert set(TRAIN_SETS) - PICTURE_SETS == {"text", "chat_text"}
+    assert set(TRAIN_SETS) - PICTURE_SETS == {"text", "text_captions", *CHAT_SETS}
 
 
 def test_pictures_without_text_show_each_look_once(sets: dict[str, list[Sample]]) -> None:
@@ -169,7 +190,7 @@ def test_flags_that_look_the_same_are_one_group(sets: dict[str, list[Sample]]) -
     assert "ro-td" not in asked
     assert asked["de"] == "Germany"
     assert asked["gb"] == "United Kingdom"
-    described = {s.meta["country"]: s.text for s in sets["captions"] if s.meta["source"] == "flags"}
+    described = {s.meta["country"]: s.text for s in sets["captions_flags"] if s.meta["source"] == "flags"}
     assert described["de"] == "three equal horizontal bands of black (top), red, and gold"
     assert described["cp-fr-mf"] == "three equal vertical bands of blue (left side), white, and red"
     answers = {(s.meta["country"], s.meta["question"]): s.meta["answer"] for s in sets["vqa_flags"]}
@@ -178,7 +199,7 @@ def test_flags_that_look_the_same_are_one_group(sets: dict[str, list[Sample]]) -
 
 
 def test_yes_no_is_balanced_for_each_question_text(sets: dict[str, list[Sample]]) -> None:
-    for name in ("vqa_yes_no", "vqa_emoji"):
+    for name in ("vqa_yes_no", "vqa_negated", "vqa_emoji"):
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for sample in sets[name]:
             question, answer = question_and_answer(sample)
@@ -504,10 +525,16 @@ def test_the_whole_preparation_has_the_documented_counts(tmp_path: Path) -> None
     assert {name: entry["samples"] for name, entry in manifest["sets"].items()} == {
         "images": 6058,
         "text": 9088,
-        "chat_text": 8373,
-        "captions": 5064,
+        "text_captions": 4853,
+        "chat_text": 5684,
+        "chat_open": 9753,
+        "chat_yes_no": 4711,
+        "chat_negated": 4698,
+        "captions": 4853,
+        "captions_flags": 211,
         "vqa_open": 10168,
-        "vqa_yes_no": 10298,
+        "vqa_yes_no": 5158,
+        "vqa_negated": 5140,
         "vqa_emoji": 5244,
         "vqa_flags": 1040,
         "text_heldout": 887,

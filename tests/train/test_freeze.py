@@ -1,9 +1,9 @@
 """What is frozen is in eval; modules without parameters go with their parent."""
 
 import pytest
-from hovle_core.testing import tiny_embedding_config, tiny_llm
 from torch import nn
 
+from hovle_core.testing import tiny_embedding_config, tiny_llm
 from hovle_train.freeze import freeze_except
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from hovle_core import HovleForConditionalGeneration, HovleProcessor
@@ -209,3 +210,28 @@ def test_micro_batches_do_not_change_the_step(make_recipe, plugins, tmp_path):
     assert results[0][0] > results[1][0] == 1
     for name in ("loss", "grad_norm"):
         assert results[0][1][name] == pytest.approx(results[1][1][name], rel=1e-5)
+
+
+def test_distilled_text_is_as_long_as_the_llms_own(make_recipe, plugins, tmp_path):
+    """Cosines leave lengths free; the export brings them to the LLM's, and the head still says the same."""
+    from hovle_train.evaluate import load_head
+
+    heads = []
+    for match, ratio in ((False, 30.0), (True, 1.0)):
+        recipe = make_recipe("distillation", options={"teacher": {"name": "grid"}, "match_norms": match})
+        trainer = prepared(recipe, plugins)
+        trainer.module.model.embedding.rescale_(30.0)  # where training may end
+        folder = tmp_path / str(match)
+        trainer.stage.export(trainer.module, trainer.processor, folder)
+        model = HovleForConditionalGeneration.from_pretrained(folder).eval()
+        encoded = trainer.processor.encode_pair(Image.new("RGB", (56, 56), "red"), "a red thing")
+        inputs = trainer.processor.batch([encoded])
+        ids = inputs["input_ids"][0]
+        is_image = ids == trainer.processor.image_token_id
+        with torch.no_grad():
+            embedded = model.embed(inputs["input_ids"], inputs["pixel_values"])[0]
+            wanted = model.language_model.get_input_embeddings()(ids)
+            heads.append(load_head(folder)[0](embedded[is_image]))
+        lengths = embedded[~is_image].norm(dim=-1) / wanted[~is_image].norm(dim=-1)
+        assert float(lengths.mean()) == pytest.approx(ratio, rel=0.01)
+    torch.testing.assert_close(heads[0], heads[1], atol=1e-3, rtol=1e-3)

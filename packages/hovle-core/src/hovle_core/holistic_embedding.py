@@ -7,7 +7,8 @@ Shapes: B batch, T tokens in `input_ids` and in the LLM, E tokens in the blocks 
 N tiles, S tile side in pixels, P image tokens a tile, D hidden size.
 """
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,24 @@ class HolisticEmbedding(PreTrainedModel):
             init.zeros_(module.class_embedding)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
+
+    @torch.no_grad()
+    def rescale_(self, factor: float) -> None:
+        """Multiply the output by `factor` and change nothing else: the residual stream and all that writes to it.
+
+        The blocks read through norms, so what they compute stays as it is once the norms' epsilon follows.
+        """
+        self.config.rms_norm_eps *= factor**2
+        writers = [self.embed_tokens.weight]
+        for layer in cast(Iterable[TransformerBlock], self.layers):
+            layer.input_layernorm.eps = layer.post_attention_layernorm.eps = self.config.rms_norm_eps
+            writers += [*layer.self_attn.o_proj.parameters(), *layer.mlp.down_proj.parameters()]
+        writers += [*cast(nn.Linear, self.pixel_shuffle_proj[2]).parameters()]
+        if self.config.pixel_shuffle_loc == "post":
+            writers += [*self.patch_embed.parameters()]
+            cast(nn.Linear, self.pixel_shuffle_proj[0]).weight.div_(factor)
+        for weight in writers:
+            weight.mul_(factor)
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
         """Tiles -> tokens as the blocks read them: `[N, P, D]`, or `[N, P · s², D]` for HoVLE-HD."""

@@ -107,9 +107,11 @@ class HovleProcessor(ProcessorMixin):
         return self._encoded(ids, labels, tiles)
 
     def encode_pair(self, image: Image.Image | None, text: str) -> Encoded:
-        """A picture and its caption -> Encoded: picture tokens, then the text and the end token as targets."""
+        """A picture and its caption -> Encoded: picture tokens and a line break, as in conversations, then the text and
+        the end token as targets."""
         tiles = [] if image is None else [self.image_processor.tiles(image)]
         prefix = [token for t in tiles for token in self._picture(len(t))]
+        prefix += self.text_ids("\n") if tiles else []
         target = [*self.text_ids(text), self.tokenizer.eos_token_id]
         return self._encoded(prefix + target, [IGNORE_INDEX] * len(prefix) + target, tiles)
 

@@ -17,11 +17,11 @@ from hovle_demo.sources import load_sources
 from hovle_demo.tokenizer import sample_texts, save_tokenizer
 
 # Raise this with every change that gives other samples or another tokenizer: prepared folders are then made anew.
-CODE_VERSION = 3
+CODE_VERSION = 5
 
 SETS = (*TRAIN_SETS, *HELD_OUT_SETS)
 # The tokenizer learns from training text only.
-TOKENIZER_SETS = ("text", "chat_text", "captions", "vqa_emoji", "vqa_flags")
+TOKENIZER_SETS = ("text", "chat_text", "captions", "captions_flags", "vqa_emoji", "vqa_flags")
 
 Progress = Callable[[str, int, int], None]
 

@@ -17,11 +17,13 @@ LINES_A_SAMPLE = 12  # questions and names are short; a dozen lines are about as
 TRAIN_SETS = (
     "images",
     "text",
+    "text_captions",
     "chat_text",
     "chat_open",
     "chat_yes_no",
     "chat_negated",
     "captions",
+    "captions_flags",
     "vqa_open",
     "vqa_yes_no",
     "vqa_negated",
@@ -49,6 +51,7 @@ def build_sets(sources: Sources, seed: int) -> dict[str, list[Sample]]:
     return {
         "images": list(_images(sources)),
         "text": [*_prose(sources, "train"), *_lines(sources, seed)],
+        "text_captions": list(_text_captions(sources)),
         "chat_text": list(_chat_text(sources, seed)),
         "chat_open": list(_chat_easy_vqa("chat-open", sources, open_questions)),
         "chat_yes_no": list(_chat_easy_vqa("chat-yesno", sources, plain)),
@@ -60,6 +63,7 @@ def build_sets(sources: Sources, seed: int) -> dict[str, list[Sample]]:
         "vqa_emoji": list(_vqa_emoji(sources, seed)),
         "vqa_flags": list(_vqa_flags(sources)),
         "text_heldout": list(_prose(sources, "test")),
+        "captions_flags": list(_flag_captions(sources, "train")),
         "captions_flags_test": list(_flag_captions(sources, "test")),
         "emoji_val": list(_ranking(sources, "val", seed)),
         "emoji_test": list(_ranking(sources, "test", seed)),
@@ -116,6 +120,13 @@ def _lines(sources: Sources, seed: int) -> Iterator[Sample]:
         yield Sample(key=f"lines-{number:04d}", text=text, meta={"source": "lines"})
 
 
+def _text_captions(sources: Sources) -> Iterator[Sample]:
+    """What alignment will ask, in words: a caption stands for the picture, and its caption follows."""
+    for sample in _captions(sources):
+        told = f"{sample.text}\n{sample.text}"
+        yield Sample(key=f"text-{sample.key}", text=told, meta=sample.meta)
+
+
 def _chat_easy_vqa(prefix: str, sources: Sources, questions: Iterable[Question]) -> Iterator[Sample]:
     """Conversations in which a caption stands for the picture: an LLM learns to answer from what it is told.
 
@@ -148,7 +159,6 @@ def _captions(sources: Sources) -> Iterator[Sample]:
     for emoji, name in sources.named("train"):
         meta = {"source": "openmoji", "concept": name}
         yield _pair(f"caption-{emoji.picture.key}", emoji.picture, name, meta)
-    yield from _flag_captions(sources, "train")
     for key, caption in describe(sources.easy_train.questions).items():
         meta = {"source": "easy-vqa", "concept": caption}
         yield _pair(f"caption-{key}", sources.easy_train.pictures[key], caption, meta)

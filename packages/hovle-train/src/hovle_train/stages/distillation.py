@@ -26,7 +26,7 @@ from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import HovleProcessor
 from hovle_core.roles import TeacherEncoder
 from hovle_data.decode import decode_image
-from hovle_data.packing import PackedBatch
+from hovle_data.packing import PackedBatch, pack
 from hovle_data.quarantine import Ledger
 from hovle_data.schema import BadSample
 from hovle_data.streams import Stream, UnpairedStream
@@ -40,11 +40,14 @@ logger = logging.getLogger(__name__)
 
 HEAD_FILE = "distillation_head.safetensors"
 TEACHER_BATCH = 64
+NORM_SAMPLES = 64
 
 
 class DistillationOptions(Section):
     """`head` projects the student to the teacher's width; `centre` subtracts the mean feature from targets;
-    `cache_features` runs the teacher once over all images and trains from disk."""
+    `cache_features` runs the teacher once over all images and trains from disk; `match_norms` scales the finished
+    embedding so that text comes out as long as the LLM's own embeddings: a cosine leaves lengths free, and an LLM
+    cannot read what is a hundred times longer than anything it has seen (ours, not the paper's)."""
 
     teacher: Named
     head: Literal["linear", "mlp"] = "linear"
@@ -52,6 +55,7 @@ class DistillationOptions(Section):
     text_weight: float = Field(1.0, ge=0)
     centre: bool = True
     cache_features: bool = False
+    match_norms: bool = True
 
 
 class DistillationModule(nn.Module):
@@ -175,8 +179,29 @@ class Distillation(Stage):
             logged["image_cosine"] = -image.detach()
         return loss, logged
 
+    @torch.no_grad()
+    def _match_norms(self, module: DistillationModule, processor: HovleProcessor) -> None:
+        """Scale the embedding's output to the mean length of the LLM's embeddings, measured on the first samples."""
+        model = module.model
+        stream = self.stream(processor, Ledger(None, max_share=1.0))
+        samples = [sample for k in range(NORM_SAMPLES) if (sample := stream.get(k)) is not None]
+        table = model.language_model.get_input_embeddings().weight
+        student, teacher = 0.0, 0.0
+        for packed in pack(
+            samples, self.recipe.train.micro_batch_tokens, self.recipe.train.micro_batch_tiles
+        ):
+            batch = packed.to(table.device)
+            is_text = batch.input_ids[0] != model.config.image_token_id
+            student += float(model.embed(**model_inputs(batch, processor))[0][is_text].norm(dim=-1).sum())
+            teacher += float(table[batch.input_ids[0][is_text]].norm(dim=-1).sum())
+        model.embedding.rescale_(teacher / student)
+        first = next(m for m in module.head.modules() if isinstance(m, nn.Linear))
+        first.weight.div_(teacher / student)  # so that the head gives what it gave
+
     def export(self, module: DistillationModule, processor: HovleProcessor, folder: Path) -> None:
         """The HoVLE alone; the head goes into a file beside it, for evaluation only."""
+        if self.options.match_norms:
+            self._match_norms(module.eval(), processor)
         save_hovle(module.model, processor, folder)
         head = {
             f"head.{name}": tensor.cpu().contiguous() for name, tensor in module.head.state_dict().items()
