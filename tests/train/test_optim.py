@@ -26,7 +26,7 @@ def test_schedules():
 
 
 def test_groups_and_factors():
-    config = OptimConfig(lr=1e-2, weight_decay=0.1, lr_factors={"head.": 0.5})
+    config = OptimConfig(lr=1e-2, weight_decay=0.1, lr_factors={"head.*": 0.5, "h*": 7})
     (optimizer,) = build_optimizers(config, dict(module().named_parameters()))
     groups = {
         (group["peak_lr"], group["weight_decay"]): len(group["params"]) for group in optimizer.param_groups
@@ -34,7 +34,7 @@ def test_groups_and_factors():
     assert groups == {(1e-2, 0.1): 1, (1e-2, 0.0): 1, (5e-3, 0.1): 1, (5e-3, 0.0): 1}
     set_lr([optimizer], 0.5)
     assert {group["lr"] for group in optimizer.param_groups} == {5e-3, 2.5e-3}
-    with pytest.raises(ValueError, match="no trainable parameter starts with 'haed'"):
+    with pytest.raises(ValueError, match="no trainable parameter matches 'haed'"):
         build_optimizers(OptimConfig(lr=1, lr_factors={"haed": 2}), dict(module().named_parameters()))
 
 

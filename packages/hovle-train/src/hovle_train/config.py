@@ -81,7 +81,8 @@ class OptimConfig(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.05, ge=0)
     grad_clip: float | None = Field(1.0, gt=0)
-    # Parameter-name prefix -> factor on the learning rate; the longest matching prefix wins.
+    # Pattern of parameter names ("embedding.layers.*.o_proj.*") -> factor on the learning rate; the longest that
+    # matches wins.
     lr_factors: dict[str, float] = {}
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: int = Field(0, ge=0)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -27,12 +28,12 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Optimizers over trainable parameters by name. Matrices decay, vectors do not.
 
-    Raises ValueError for an `lr_factors` prefix that matches no trainable parameter.
+    Raises ValueError for an `lr_factors` pattern that matches no trainable parameter.
     """
     named = list(parameters.items())
-    for prefix in config.lr_factors:
-        if not any(name.startswith(prefix) for name, _ in named):
-            raise ValueError(f"optim.lr_factors: no trainable parameter starts with {prefix!r}")
+    for pattern in config.lr_factors:
+        if not any(fnmatchcase(name, pattern) for name, _ in named):
+            raise ValueError(f"optim.lr_factors: no trainable parameter matches {pattern!r}")
     muon = [(name, p) for name, p in named if config.name == "muon" and _is_block_matrix(name, p)]
     muon_names = {name for name, _ in muon}
     rest = [(name, p) for name, p in named if name not in muon_names]
@@ -59,8 +60,8 @@ def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
 def _groups(config: OptimConfig, named: list[tuple[str, nn.Parameter]]) -> list[dict]:
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
-        prefixes = [prefix for prefix in config.lr_factors if name.startswith(prefix)]
-        factor = config.lr_factors[max(prefixes, key=len)] if prefixes else 1.0
+        patterns = [pattern for pattern in config.lr_factors if fnmatchcase(name, pattern)]
+        factor = config.lr_factors[max(patterns, key=len)] if patterns else 1.0
         decay = config.weight_decay if parameter.ndim >= 2 else 0.0
         groups.setdefault((factor, decay), []).append(parameter)
     return [

@@ -27,7 +27,7 @@ from hovle_train import evaluate as metrics
 
 Progress = Callable[[str, int, int], None]
 
-NUM_YES_NO = 2000  # of the 7,136 yes/no test questions, a seeded sample
+NUM_YES_NO = 1500  # of the 7,136 yes/no test questions, a seeded sample
 NUM_EXAMPLES = 24
 STAGES = ("distillation", "alignment", "instruction_tuning")
 BLIND_OPEN, BLIND_YES_NO = "blind 0.233", "blind 0.825"

@@ -39,7 +39,9 @@ LLM_OVERRIDES: dict[str, tuple[str, ...]] = {
         "alignment.train.global_batch_size=32",
         "instruction_tuning.optim.name=adamw",
         "instruction_tuning.optim.lr=1e-3",
-        "instruction_tuning.optim.lr_factors={language_model.: 0.1}",
+        "instruction_tuning.optim.lr_factors={language_model.*: 0.1, embedding.embed_tokens.*: 0.02, "
+        "embedding.layers.*.o_proj.*: 0.05, embedding.layers.*.down_proj.*: 0.05, "
+        "embedding.pixel_shuffle_proj.2.*: 0.05}",
         "instruction_tuning.train.global_batch_size=32",
     ),
 }
