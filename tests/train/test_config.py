@@ -25,6 +25,10 @@ MINIMAL = {
             "data.sources.0.wieght: .*did you mean 'weight'",
         ),
         ({"model": {"image": {"tiles": 3}}}, "model.image.tiles: unknown key"),
+        (
+            {"model": {"init_from": "x", "embedding": {"num_hidden_layers": 2}}},
+            "model: .*init_from brings its own \\['embedding'\\]",
+        ),
         ({"train": {"steps": "many", "global_batch_size": 1}}, "train.steps: .*got 'many'"),
     ],
 )

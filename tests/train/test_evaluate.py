@@ -97,6 +97,9 @@ def test_perplexity_of_a_bare_llm_and_of_a_fresh_hovle_agree(processor):
 def test_rank_of_first():
     assert evaluate.rank_of_first([(1.0, 2), (0.9, 1), (4.0, 2)]) == 0
     assert evaluate.rank_of_first([(1.0, 1), (0.9, 1), (4.0, 8)]) == 2
+    assert evaluate.rank_of_first([(1.0, 1), (1.0, 1)]) == 1, "a tie is no hit"
+    with pytest.raises(ValueError, match="not finite"):
+        evaluate.rank_of_first([(math.nan, 1), (1.0, 1)])
 
 
 def test_image_cosine_is_what_distillation_logged(make_recipe, plugins):

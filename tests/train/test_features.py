@@ -56,3 +56,13 @@ def test_half_a_store_is_not_opened(tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         features.build_store(tmp_path / "store", batches())
     assert not TeacherFeatures(GridTeacher(), num_tokens=4).open_store(tmp_path / "store")
+
+
+def test_a_store_of_another_teacher_is_built_anew(tmp_path):
+    features = TeacherFeatures(GridTeacher(), num_tokens=4)
+    tiles = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    features.build_store(tmp_path, [(["a", "b"], tiles)], made_by={"teacher": 1})
+    assert TeacherFeatures(GridTeacher(), num_tokens=4).open_store(tmp_path, {"teacher": 1})
+    assert not TeacherFeatures(GridTeacher(), num_tokens=4).open_store(tmp_path, {"teacher": 2})
+    with pytest.raises(ValueError, match="no teacher features for \\['c'\\]"):
+        features.get(["c"], tiles[:1])

@@ -13,7 +13,7 @@ def test_dropout_goes_with_its_parent():
     assert net["a"][1].training
     assert not net["b"][1].training
     assert [name for name, p in net.named_parameters() if p.requires_grad] == ["a.0.weight", "a.0.bias"]
-    with pytest.raises(ValueError, match="no parameter starts with 'c'"):
+    with pytest.raises(ValueError, match="no parameter starts with 'c.'"):
         freeze_except(net, ["c."])
 
 

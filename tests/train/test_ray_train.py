@@ -21,7 +21,7 @@ def local_ray():
     """A cluster of two cores."""
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -50,15 +50,16 @@ def test_two_workers_equal_one_process(local_ray, make_recipe, tmp_path):
     assert largest_difference(final_weights(one), final_weights(two)) < 1e-4
 
 
-def kill_worker_at(recipe, step):
-    """SIGKILL the training worker once the run has logged `step`."""
+def kill_worker_at(recipe, step, killed):
+    """SIGKILL this test's training worker once the run has logged `step`; its pid goes into `killed`."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         records = read_metrics(recipe.path / "metrics.jsonl")
         if records and records[-1]["step"] >= step:
-            for process in psutil.process_iter(["cmdline"]):
-                if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+            for process in psutil.Process().children(recursive=True):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
                     os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
             return
         time.sleep(0.02)
 
@@ -69,10 +70,12 @@ def test_a_killed_worker_resumes_to_the_same_weights(local_ray, make_recipe, tmp
     whole = make_recipe("alignment", run_dir=str(tmp_path / "whole"), train=train, resources=resources)
     run_on_ray(whole)
     killed = make_recipe("alignment", run_dir=str(tmp_path / "killed"), train=train, resources=resources)
-    killer = threading.Thread(target=kill_worker_at, args=(killed, 25))
+    pids: list[int] = []
+    killer = threading.Thread(target=kill_worker_at, args=(killed, 25, pids))
     killer.start()
     run_on_ray(killed)
     killer.join()
+    assert len(pids) == 1
     assert is_finished(killed.path)
     assert largest_difference(final_weights(whole), final_weights(killed)) == 0
     assert curve(whole) == curve(killed)

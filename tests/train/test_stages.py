@@ -140,27 +140,33 @@ def test_a_torn_checkpoint_is_passed_over(make_recipe, plugins, tmp_path):
     assert again.resume() == 2
 
 
-def test_another_recipe_does_not_resume(make_recipe, plugins):
+def test_another_recipe_does_not_resume_and_is_not_called_finished(make_recipe, plugins):
     recipe = make_recipe("alignment")
     trainer = Trainer(recipe, plugins, Runtime())
     kill_after(trainer, 3)
     with pytest.raises(Killed):
         trainer.run()
-    recipe.seed = 5
-    with pytest.raises(ValueError, match="seed is 5, but the checkpoint"):
-        Trainer(recipe, plugins, Runtime()).run()
-    wider = make_recipe("alignment", model={"embedding": {"num_hidden_layers": 3, "image_size": 56}})
-    with pytest.raises(ValueError, match="does not fit this recipe"):
-        Trainer(wider, plugins, Runtime()).run()
+    for change, message in (
+        ({"seed": 5}, "seed: 0, now 5"),
+        ({"model": {"embedding": {"num_hidden_layers": 3, "image_size": 56}}}, "num_hidden_layers: 2, now 3"),
+        ({"train": {"steps": 9}}, "train.steps: 6, now 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(make_recipe("alignment", **change), plugins, Runtime()).run()
+    Trainer(make_recipe("alignment", train={"log_every": 3}), plugins, Runtime()).run()
+    assert is_finished(recipe.path)
+    with pytest.raises(ValueError, match="finished run .* was made by another recipe .*optim.lr"):
+        Trainer(make_recipe("alignment", optim={"lr": 1e-5}), plugins, Runtime()).run()
 
 
 def test_stages_start_from_each_other_and_what_is_finished_stays(make_recipe, plugins, tmp_path):
     parent = None
     for stage in STAGES[1:]:
-        model = {"init_from": parent, "backbone": None, "embedding": {}} if parent else {}
+        model = {"init_from": parent, "backbone": None, "embedding": {}, "image": {}} if parent else {}
         recipe = make_recipe(stage, run_dir=str(tmp_path / stage), model=model)
         Trainer(recipe, plugins, Runtime()).run()
-        assert read_summary(recipe.path)["parent"] == parent
+        llm = None if recipe.model.backbone is None else recipe.model.backbone.options["path"]
+        assert read_summary(recipe.path)["parent"] == (parent or llm)
         parent = str(recipe.path)
     final = tmp_path / "instruction_tuning" / "final"
     HovleForConditionalGeneration.from_pretrained(final)

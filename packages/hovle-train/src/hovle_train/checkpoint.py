@@ -83,8 +83,8 @@ def _is_whole(path: Path) -> bool:
 
 def load(
     path: Path, weights: Mapping[str, nn.Parameter], optimizers: Iterable[torch.optim.Optimizer]
-) -> dict[str, Any]:
-    """Restore weights and optimizers from a checkpoint folder; returns its state (with "step").
+) -> None:
+    """Restore weights and optimizers from a checkpoint folder.
 
     Raises ValueError naming tensors that do not fit: the recipe then changed since the checkpoint was written.
     """
@@ -99,9 +99,12 @@ def load(
     with torch.no_grad():
         for name, parameter in weights.items():
             parameter.copy_(saved[name])
-    state = json.loads((path / STATE).read_text())
     load_optimizer_state(weights, optimizers, load_file(path / OPTIMIZER))
-    return state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: its step, recipe, plugins, cost."""
+    return json.loads((path / STATE).read_text())
 
 
 def optimizer_state(

@@ -47,17 +47,24 @@ def run_train(args: argparse.Namespace) -> int:
 
 def train(recipe: Recipe, local: bool = False, console: Console | None = None) -> None:
     """Run a recipe to its end with a progress bar, resuming what is there; says so if it is finished already."""
+    import torch
     from rich.console import Console
     from transformers.utils import logging
 
+    from hovle_train.lineage import check_same
     from hovle_train.progress import follow
     from hovle_train.ray_trainer import run_local, run_on_ray
+    from hovle_train.runtime import has_fast_bfloat16
 
     console = console or Console(stderr=True)
     logging.disable_progress_bar()  # there is one bar, the run's
     if is_finished(recipe.path):
+        check_same(read_summary(recipe.path)["recipe"], recipe, f"finished run {recipe.path}")
         console.print(f"{recipe.stage.name}: finished already, in {recipe.path}", highlight=False)
         return
+    device = torch.device("cuda" if recipe.resources.use_gpu else "cpu")
+    if recipe.train.precision == "auto" and not recipe.resources.use_gpu and not has_fast_bfloat16(device):
+        console.print("[yellow]warning:[/] this CPU has no fast bfloat16: float32, about three times slower")
     with follow(recipe.path, recipe.stage.name, recipe.train.steps, console):
         (run_local if local else run_on_ray)(recipe)
     summary = read_summary(recipe.path)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hovle_core.registry import Registry
 
@@ -55,6 +55,16 @@ class ModelConfig(Section):
     image: ImageConfig = ImageConfig()
     attention: str = "hovle_packed"
     activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _init_from_is_whole(self) -> "ModelConfig":
+        given = self.model_fields_set & {"backbone", "tokenizer", "embedding", "image"}
+        if self.init_from is None or not given:
+            return self
+        default = ModelConfig()
+        if changed := [name for name in sorted(given) if getattr(self, name) != getattr(default, name)]:
+            raise ValueError(f"init_from brings its own {changed}: leave them out, or start from a backbone")
+        return self
 
 
 class DataConfig(Section):

@@ -121,9 +121,11 @@ def answers(
 
 
 def rank_of_first(losses: Sequence[tuple[float, int]]) -> int:
-    """How many candidates are likelier a token than the first, which is the true one: 0 is a hit."""
+    """How many candidates are as likely a token as the first, which is the true one, or likelier: 0 is a hit."""
     means = [loss / count for loss, count in losses]
-    return sum(mean < means[0] for mean in means[1:])
+    if not all(map(math.isfinite, means)):
+        raise ValueError(f"losses are not finite: {means}")
+    return sum(mean <= means[0] for mean in means[1:])
 
 
 def image_cosine(

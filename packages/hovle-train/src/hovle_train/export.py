@@ -5,11 +5,13 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hovle_train.checkpoint import sync_folder
+from hovle_train.config import Recipe
 from hovle_train.metrics import read_metrics
 from hovle_train.runs import FINAL, METRICS_FILE, SUMMARY_FILE
 
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 
 def peak_rss_gib() -> float:
     """The most memory this process ever held, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def git_commit() -> str | None:
@@ -33,7 +36,7 @@ def git_commit() -> str | None:
     return out.stdout.strip()
 
 
-def summary(trainer: "Trainer", seconds: float, tokens: int) -> dict[str, Any]:
+def summary(trainer: "Trainer") -> dict[str, Any]:
     """The run card: last metrics, cost, and the lineage that made the checkpoint."""
     recipe = trainer.recipe
     metrics = read_metrics(recipe.path / METRICS_FILE)
@@ -41,20 +44,24 @@ def summary(trainer: "Trainer", seconds: float, tokens: int) -> dict[str, Any]:
         "stage": recipe.stage.name,
         "steps": recipe.train.steps,
         "metrics": metrics[-1] if metrics else {},
-        "seconds": round(seconds, 1),
-        "tokens": tokens,
+        "seconds": round(trainer.seconds + time.perf_counter() - trainer.started, 1),
+        "tokens": trainer.tokens,
         "peak_rss_gib": round(peak_rss_gib(), 3),
         "precision": str(trainer.dtype).removeprefix("torch."),
         "num_workers": trainer.runtime.world_size,
-        "commit": git_commit(),
+        "commit": trainer.commit,
         "plugins": trainer.plugins.versions,
-        "parent": recipe.model.init_from,
+        "parent": recipe.model.init_from or _backbone_path(recipe),
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "recipe": trainer.run_info.recipe,
     }
 
 
-def export_final(trainer: "Trainer", seconds: float, tokens: int) -> None:
+def _backbone_path(recipe: Recipe) -> str | None:
+    return recipe.model.backbone.options.get("path") if recipe.model.backbone else None
+
+
+def export_final(trainer: "Trainer") -> None:
     """Write `final/` and `summary.json` on rank 0, then drop the checkpoints that only resuming needed."""
     if not trainer.runtime.is_main:
         return
@@ -63,7 +70,7 @@ def export_final(trainer: "Trainer", seconds: float, tokens: int) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     trainer.stage.export(trainer.module, trainer.processor, temporary)
-    card = summary(trainer, seconds, tokens)
+    card = summary(trainer)
     (temporary / "hovle_run.json").write_text(json.dumps(card, indent=1))
     write_json(folder / SUMMARY_FILE, card)
     sync_folder(temporary)

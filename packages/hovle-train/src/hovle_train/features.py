@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,16 +63,23 @@ class TeacherFeatures:
         if self._store is None:
             raw = self.compute(tiles)
         else:
+            if missing := [key for key in keys if key not in self._rows]:
+                raise ValueError(
+                    f"no teacher features for {missing[:3]}: delete the run's teacher_features folder"
+                )
             rows = [self._rows[key] for key in keys]
             raw = torch.from_numpy(self._store[rows]).to(tiles.device, torch.float32)
         return raw - self.mean.to(raw.device)
 
-    def open_store(self, folder: Path) -> bool:
-        """Use features computed before, if `folder` holds a whole store; returns whether it does."""
+    def open_store(self, folder: Path, made_by: Any = None) -> bool:
+        """Use features computed before, if `folder` holds a whole store of this teacher and data (`made_by`, any
+        JSON); returns whether it does."""
         index = folder / INDEX
         if not index.is_file():
             return False
         content = json.loads(index.read_text())
+        if content["made_by"] != json.loads(json.dumps(made_by)):
+            return False
         self._store = np.memmap(folder / FEATURES, dtype=np.float16, mode="r", shape=tuple(content["shape"]))
         self._rows = {key: row for row, key in enumerate(content["keys"])}
         self.mean = torch.tensor(content["mean"])
@@ -82,6 +90,7 @@ class TeacherFeatures:
         folder: Path,
         batches: Iterable[tuple[Sequence[str], Tensor]],
         progress: Callable[[int], None] | None = None,
+        made_by: Any = None,
     ) -> None:
         """Run the teacher over `batches` of (keys, tiles) once, into `folder` (float16), then use it.
 
@@ -102,8 +111,7 @@ class TeacherFeatures:
         os.replace(temporary, folder / FEATURES)
         mean = (total / max(1, len(keys) * self.num_tokens)).tolist() if self.centre else [0.0] * self.size
         index = folder / "index.tmp"
-        index.write_text(
-            json.dumps({"keys": keys, "mean": mean, "shape": [len(keys), self.num_tokens, self.size]})
-        )
+        shape = [len(keys), self.num_tokens, self.size]
+        index.write_text(json.dumps({"keys": keys, "mean": mean, "shape": shape, "made_by": made_by}))
         os.replace(index, folder / INDEX)
-        self.open_store(folder)
+        self.open_store(folder, made_by)

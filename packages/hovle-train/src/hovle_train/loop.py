@@ -21,10 +21,11 @@ from hovle_train import checkpoint
 from hovle_train.config import Recipe
 from hovle_train.export import export_final
 from hovle_train.freeze import freeze_except, set_train_mode
+from hovle_train.lineage import check_same
 from hovle_train.metrics import MetricsWriter, Window, truncate_metrics
 from hovle_train.optim import build_optimizers, lr_share, set_lr
 from hovle_train.parallel import sync_gradients
-from hovle_train.runs import METRICS_FILE, RECIPE_FILE, STATUS_FILE, Run, is_finished
+from hovle_train.runs import METRICS_FILE, RECIPE_FILE, STATUS_FILE, Run, is_finished, read_summary
 from hovle_train.runtime import Runtime, resolve_precision
 from hovle_train.stages.base import Stage
 from hovle_train.weights import Weights
@@ -32,11 +33,17 @@ from hovle_train.weights import Weights
 logger = logging.getLogger(__name__)
 
 
+class NonFiniteError(FloatingPointError, ValueError):
+    """A loss or gradient that is not finite; the weights are those before the step."""
+
+
 class Trainer:
     """One stage of one run on one worker: `Trainer(...).run()` from wherever the run had got to."""
 
-    def __init__(self, recipe: Recipe, plugins: HovlePlugins, runtime: Runtime):
-        self.recipe, self.plugins, self.runtime = recipe, plugins, runtime
+    def __init__(self, recipe: Recipe, plugins: HovlePlugins, runtime: Runtime, commit: str | None = None):
+        self.recipe, self.plugins, self.runtime, self.commit = recipe, plugins, runtime, commit
+        # Of earlier starts, once resumed: a run's cost is that of all of them.
+        self.seconds, self.tokens, self.started = 0.0, 0, time.perf_counter()
         self.stage: Stage = plugins.registry.build(
             "stage", recipe.stage.name, recipe=recipe, registry=plugins.registry
         )
@@ -47,12 +54,15 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step and export; does nothing if the run is finished already.
 
-        Raises FloatingPointError before the update if a loss or gradient is not finite, ValueError if the recipe
+        Raises NonFiniteError before the update if a loss or gradient is not finite, ValueError if the recipe
         changed since the checkpoint, and whatever the data raises.
         """
         if is_finished(self.recipe.path):
+            check_same(
+                read_summary(self.recipe.path)["recipe"], self.recipe, f"finished run {self.recipe.path}"
+            )
             return
-        started = time.perf_counter()
+        self.started = time.perf_counter()
         self.prepare()
         first = self.resume()
         ledger = Ledger(
@@ -61,11 +71,11 @@ class Trainer:
         )
         writer = MetricsWriter(self.recipe.path / METRICS_FILE) if self.runtime.is_main else None
         loader = self.loader(ledger)
-        window, tokens = Window(), 0
+        window = Window()
         with loader.iterate(first, self.recipe.train.steps) as batches:
             for step, micro_batches, data_wait_s in batches:
                 logged = self.step(step, [batch.to(self.runtime.device) for batch in micro_batches])
-                tokens += sum(batch.num_tokens for batch in micro_batches)
+                self.tokens += sum(batch.num_tokens for batch in micro_batches)
                 window.add(
                     data_wait_s=data_wait_s, tokens=sum(batch.num_tokens for batch in micro_batches), steps=1
                 )
@@ -75,7 +85,7 @@ class Trainer:
         if writer is not None:
             writer.close()
         self.weights.restore(self.module)
-        export_final(self, time.perf_counter() - started, tokens)
+        export_final(self)
         self.runtime.barrier()
 
     def prepare(self) -> None:
@@ -97,24 +107,24 @@ class Trainer:
         found = checkpoint.complete_checkpoints(self.checkpoints)
         first = 0
         if found:
-            state = checkpoint.load(found[-1], self.weights.masters, self.optimizers)
+            state = checkpoint.read_state(found[-1])
+            check_same(state["recipe"], self.recipe, f"checkpoint {found[-1]}")
+            checkpoint.load(found[-1], self.weights.masters, self.optimizers)
             self.weights.publish()
-            self._check_seed(state)
+            self._warn_of_other_plugins(state["plugins"])
+            self.seconds, self.tokens = state["seconds"], state["tokens"]
             first = state["step"] + 1
             logger.info("resuming %s at step %d of %d", self.recipe.path, first, self.recipe.train.steps)
         if self.runtime.is_main:
             truncate_metrics(self.recipe.path / METRICS_FILE, first - 1)
         return first
 
-    def _check_seed(self, state: dict[str, Any]) -> None:
-        for field, now in (
-            ("seed", self.recipe.seed),
-            ("global_batch_size", self.recipe.train.global_batch_size),
-        ):
-            if state[field] != now:
-                raise ValueError(
-                    f"{field} is {now}, but the checkpoint in {self.recipe.path} was trained with {state[field]}: "
-                    "the data order would change; restore it or choose another run_dir"
+    def _warn_of_other_plugins(self, saved: dict[str, str]) -> None:
+        for name, version in sorted(saved.items()):
+            now = self.plugins.versions.get(name)
+            if now != version:
+                logger.warning(
+                    "plugin %s was %s in the checkpoint and is %s now", name, version, now or "missing"
                 )
 
     def loader(self, ledger: Ledger) -> StepLoader:
@@ -146,7 +156,7 @@ class Trainer:
         sums = self.runtime.sum(sums)
         if not all(map(torch.isfinite, map(torch.tensor, [norm, *sums.values()]))):
             keys = [key for batch in micro_batches for key in batch.keys]
-            raise FloatingPointError(
+            raise NonFiniteError(
                 f"step {step}: loss or gradient is not finite ({sums}, gradient norm {norm}); stopped before the "
                 f"update. Samples of rank {self.runtime.rank}: {keys}"
             )
@@ -198,8 +208,8 @@ class Trainer:
         path = None
         if self.runtime.is_main:
             state = {
-                "seed": self.recipe.seed,
-                "global_batch_size": self.recipe.train.global_batch_size,
+                "seconds": self.seconds + time.perf_counter() - self.started,
+                "tokens": self.tokens,
                 "recipe": self.run_info.recipe,
                 "plugins": self.plugins.versions,
             }

@@ -12,7 +12,8 @@ import torch
 
 from hovle_core.plugins import load_plugins
 from hovle_train.config import Recipe
-from hovle_train.export import write_json
+from hovle_train.export import git_commit, write_json
+from hovle_train.lineage import absolute
 from hovle_train.loop import Trainer
 from hovle_train.runtime import Runtime
 
@@ -40,9 +41,13 @@ RAY_ENVIRONMENT = {
 
 
 def run_local(recipe: Recipe) -> None:
-    """Run a recipe in this process, without Ray, on one worker."""
+    """Run a recipe in this process, without Ray, on one worker. Raises ValueError for a recipe of several."""
+    if recipe.resources.num_workers > 1:
+        raise ValueError(
+            f"resources.num_workers is {recipe.resources.num_workers}, but --local is one process"
+        )
     device = torch.device("cuda" if recipe.resources.use_gpu else "cpu")
-    Trainer(recipe, load_plugins(), Runtime(device=device)).run()
+    Trainer(recipe, load_plugins(), Runtime(device=device), commit=git_commit()).run()
 
 
 def run_on_ray(recipe: Recipe) -> None:
@@ -64,10 +69,11 @@ def run_on_ray(recipe: Recipe) -> None:
     cpus = resources.cpus_per_worker or max(
         1, int(ray.cluster_resources().get("CPU", 1)) // resources.num_workers
     )
+    config = {"recipe": absolute(recipe).model_dump(mode="json"), "commit": git_commit()}
     attempt = secrets.token_hex(8)
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"recipe": absolute(recipe).model_dump(mode="json"), "attempt": attempt},
+        train_loop_config={**config, "attempt": attempt},
         torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
@@ -100,36 +106,12 @@ def start_ray() -> None:
     address = os.environ.get("RAY_ADDRESS")
     debug = os.environ.get("HOVLE_DEBUG", "0") not in ("", "0")
     ray.init(
-        address=address,
+        address=address or "local",
         include_dashboard=None if address else False,
         logging_level=logging.INFO if debug else logging.ERROR,
         log_to_driver=debug,
     )
     logging.getLogger("ray.train").setLevel(logging.INFO if debug else logging.WARNING)
-
-
-def absolute(recipe: Recipe) -> Recipe:
-    """The recipe with every path that exists here made absolute: workers have another working directory."""
-    recipe = recipe.model_copy(deep=True)
-    recipe.run_dir = str(recipe.path.resolve())
-    for source in [*recipe.data.sources, *recipe.data.images, *recipe.data.texts]:
-        source.path = _absolute(source.path)
-        source.options = _absolute(source.options)
-    model = recipe.model
-    model.init_from = _absolute(model.init_from)
-    for named in (model.backbone, model.tokenizer, recipe.stage):
-        if named is not None:
-            named.options = _absolute(named.options)
-    return recipe
-
-
-def _absolute(value: Any) -> Any:
-    """Strings that name a file or folder with a separator in them, anywhere in options, made absolute."""
-    if isinstance(value, dict):
-        return {key: _absolute(inner) for key, inner in value.items()}
-    if isinstance(value, str) and os.sep in value and "://" not in value and Path(value).exists():
-        return str(Path(value).resolve())
-    return value
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -155,7 +137,7 @@ def _worker(config: dict[str, Any]) -> None:
         return  # this attempt failed for good: a restart has nothing to add
     runtime = Runtime(context.get_world_rank(), context.get_world_size(), get_device(), report)
     try:
-        Trainer(recipe, load_plugins(), runtime).run()
+        Trainer(recipe, load_plugins(), runtime, commit=config["commit"]).run()
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         content = {
             "attempt": config["attempt"],

@@ -20,11 +20,13 @@ from hovle_train.runtime import has_fast_bfloat16
 class Clock:
     """Seconds of each phase and the peak of memory, over all starts of the demo: a resumed one must not look fast."""
 
+    IDLE_S = 3.0
+
     def __init__(self, path: Path):
         self.path = path
-        self.content: dict[str, Any] = {"seconds": {}, "peak_gib": 0.0, "done": []}
+        self.content: dict[str, Any] = {"seconds": {}, "peak_gib": 0.0}
         if path.is_file():
-            self.content = json.loads(path.read_text())
+            self.content |= json.loads(path.read_text())
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -32,21 +34,18 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time the body, also where it fails; finding out that a phase is done already costs nothing."""
+        """Time the body, also where it fails; what is done over again counts again.
+
+        Finding out that there is nothing to do (below `IDLE_S`) is not counted, unless nothing was before.
+        """
         started = time.perf_counter()
         try:
             yield
-        except BaseException:
-            self._add(name, time.perf_counter() - started)
-            raise
-        if name not in self.content["done"]:
-            self._add(name, time.perf_counter() - started)
-            self.content["done"].append(name)
-            write_json(self.path, self.content)
-
-    def _add(self, name: str, seconds: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        write_json(self.path, self.content)
+        finally:
+            spent = time.perf_counter() - started
+            if spent > self.IDLE_S or name not in self.seconds:
+                self.seconds[name] = self.seconds.get(name, 0.0) + spent
+                write_json(self.path, self.content)
 
     def peak(self, gib: float) -> float:
         """The larger of `gib` and what was seen before."""

@@ -121,13 +121,20 @@ class Distillation(Stage):
             self.features.set_mean(tiles.to(runtime.device) for _, tiles in self._teacher_batches(processor))
             return
         store = self.recipe.path / "teacher_features"
-        if runtime.is_main and not self.features.open_store(store):
+        images = [source.model_dump(mode="json") for source in self.recipe.data.images]
+        made_by = [
+            self.options.teacher.model_dump(mode="json"),
+            self.options.centre,
+            self.features.num_tokens,
+            images,
+        ]
+        if runtime.is_main and not self.features.open_store(store, made_by):
             batches = ((keys, tiles.to(runtime.device)) for keys, tiles in self._teacher_batches(processor))
             num_images = self.mixture(self.recipe.data.images, "images").num_samples
             report = None if progress is None else lambda done: progress("teacher features", done, num_images)
-            self.features.build_store(store, batches, report)
+            self.features.build_store(store, batches, report, made_by)
         runtime.barrier()
-        if not runtime.is_main and not self.features.open_store(store):
+        if not runtime.is_main and not self.features.open_store(store, made_by):
             raise ValueError(
                 f"{store} was built by rank 0 but cannot be read here: run_dir must be shared by all workers"
             )

@@ -34,6 +34,10 @@ class LanguageModeling(Stage):
     name = "language_modeling"
 
     def build(self) -> tuple[PreTrainedModel, HovleProcessor]:
+        if self.recipe.model.init_from is not None or self.recipe.model.embedding:
+            raise ValueError(
+                "model.init_from and model.embedding are a HoVLE's; this stage takes a model.backbone"
+            )
         model = build_backbone(self.recipe.model, self.registry).model()
         prepare_for_training(model, self.recipe.model)
         # Pictures never come here, but one processor encodes text for every stage; any tile size will do.
