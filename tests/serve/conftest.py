@@ -1,5 +1,6 @@
 """A tiny HoVLE on disk that speaks ASCII, and pictures."""
 
+import signal
 import threading
 
 import pytest
@@ -42,6 +43,14 @@ def picture(tmp_path):
     path = tmp_path / "red square.png"
     Image.new("RGB", (80, 60), "red").save(path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """A shell starts background jobs with Ctrl-C ignored, and CI may be one; a person's terminal does not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
