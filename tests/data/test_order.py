@@ -106,7 +106,7 @@ def test_uniform_covers_both_ends():
 
 def test_proportions_are_exact_in_every_block():
     mixture = Mixture([(Numbers("a", 7), 0.5), (Numbers("b", 11), 0.3), (Numbers("c", 13), 0.2)], seed=4)
-    assert mixture.block_counts == (5, 3, 2)
+    assert mixture.phases[0].counts == (5, 3, 2)
     for block in range(20):
         drawn = Counter(mixture.draw(block * 10 + p)[0] for p in range(10))
         assert drawn == {0: 5, 1: 3, 2: 2}
@@ -139,14 +139,44 @@ def test_odd_weights_are_rounded_and_none_is_lost():
     mixture = Mixture(
         [(Numbers("big", 10), 1.0), (Numbers("tiny", 10), 1e-9), (Numbers("c", 10), 1 / 3)], seed=0
     )
-    assert mixture.block_size == MAX_BLOCK
-    assert mixture.block_counts[1] == 1
-    assert abs(mixture.block_counts[0] / mixture.block_counts[2] - 3) < 0.01
+    assert sum(mixture.phases[0].counts) == MAX_BLOCK
+    assert mixture.phases[0].counts[1] == 1
+    assert abs(mixture.phases[0].counts[0] / mixture.phases[0].counts[2] - 3) < 0.01
+
+
+def test_a_curriculum_changes_the_shares_at_its_positions():
+    mixture = Mixture(
+        [(Numbers("a", 7), {0: 3, 8: 1}), (Numbers("b", 5), 1), (Numbers("c", 3), {8: 2})], seed=1
+    )
+    drawn = [mixture.names[mixture.draw(k)[0]] for k in range(24)]
+    assert Counter(drawn[:8]) == {"a": 6, "b": 2}
+    assert all(Counter(drawn[start : start + 4]) == {"a": 1, "b": 1, "c": 2} for start in range(8, 24, 4))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 10**6))
+def test_a_source_goes_on_where_its_earlier_phase_left_it(first, second, seed):
+    """Also in the middle of a block, and after it was not drawn at all."""
+    a, b = Numbers("a", 11), Numbers("b", 5)
+    mixture = Mixture([(a, {0: 2, first: 0, first + second: 1}), (b, 1)], seed)
+    walked: dict[int, list[int]] = {0: [], 1: []}
+    for k in range(first + second + 40):
+        j, i = mixture.draw(k)
+        walked[j].append(i)
+    for j, size in ((0, 11), (1, 5)):
+        for start in range(0, len(walked[j]) - size + 1, size):
+            assert sorted(walked[j][start : start + size]) == list(range(size))
+
+
+def test_a_curriculum_that_never_changes_is_a_plain_weight():
+    plain, same = (Mixture([(Numbers("a", 7), w), (Numbers("b", 5), 1)], 3) for w in (2, {0: 2}))
+    assert [plain.draw(k) for k in range(30)] == [same.draw(k) for k in range(30)]
 
 
 def test_weights_are_relative():
     counts = [
-        Mixture([(Numbers("a", 5), a), (Numbers("b", 5), b)], 0).block_counts for a, b in ((2, 1), (10, 5.0))
+        Mixture([(Numbers("a", 5), a), (Numbers("b", 5), b)], 0).phases[0].counts
+        for a, b in ((2, 1), (10, 5.0))
     ]
     assert counts == [(2, 1), (2, 1)]
 
@@ -159,6 +189,10 @@ def test_weights_are_relative():
         ([(Numbers("a", 1), 0)], "weight of a is 0"),
         ([(Numbers("a", 1), float("nan"))], "weight of a is nan"),
         ([(Numbers("a", 1), 1), (Numbers("a", 1), 1)], "share a name"),
+        ([(Numbers("a", 1), {0: 0, 5: 0.0})], "never drawn"),
+        ([(Numbers("a", 1), {0: 1, 5: -1})], "may be negative"),
+        ([(Numbers("a", 1), {-1: 1})], "may be negative"),
+        ([(Numbers("a", 1), {3: 1}), (Numbers("b", 1), {5: 1})], "no source has a weight from position 0"),
     ],
 )
 def test_bad_mixtures_are_refused(sources, match):

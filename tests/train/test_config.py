@@ -1,6 +1,9 @@
 """Recipes: what is misspelt is named with a suggestion, what is overridden takes effect."""
 
+import json
+
 import pytest
+import yaml
 
 from hovle_core.cli import main
 from hovle_train.config import apply_overrides, load_recipe, parse_recipe
@@ -30,6 +33,11 @@ MINIMAL = {
             "model: .*init_from brings its own \\['embedding'\\]",
         ),
         ({"train": {"steps": "many", "global_batch_size": 1}}, "train.steps: .*got 'many'"),
+        ({"data": {"sources": [{"path": "a", "weight": 0}]}}, "data.sources.0.weight: .*weight is 0"),
+        (
+            {"data": {"sources": [{"path": "a", "weight": {0: 1, 7: 2}}]}},
+            "weight of a changes at step 7, and train.steps is 1: it would never be reached",
+        ),
     ],
 )
 def test_problems_are_named(change, message):
@@ -47,6 +55,21 @@ def test_overrides():
         apply_overrides(MINIMAL, ["optim.lr"])
     with pytest.raises(ValueError, match="is a value, not a section"):
         apply_overrides(MINIMAL, ["run_dir.x.y=1"])
+
+
+def test_a_curriculum_counts_in_steps_and_survives_the_run_card(make_recipe, plugins):
+    from hovle_train.loop import Trainer
+    from hovle_train.runtime import Runtime
+
+    recipe = make_recipe("instruction_tuning")
+    source = recipe.data.sources[0]
+    raw = recipe.model_dump(mode="json")
+    raw["train"] |= {"steps": 6, "global_batch_size": 4}
+    raw["data"]["sources"] = [{"path": source.path, "weight": {0: 3, 5: 1}}]
+    again = parse_recipe(yaml.safe_load(parse_recipe(json.loads(json.dumps(raw))).to_yaml()))
+    assert again.data.sources[0].weight == {0: 3, 5: 1}
+    mixture = Trainer(again, plugins, Runtime()).stage.mixture(again.data.sources, "sources")
+    assert [phase.start for phase in mixture.phases] == [0, 20]
 
 
 def test_stage_options_are_checked(plugins, make_recipe):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -15,6 +16,7 @@ from hovle_data.order import hash64, position_to_index
 from hovle_data.schema import Sample
 
 MAX_BLOCK = 4096
+Weight = float | Mapping[int, float]
 
 
 class Source(Protocol):
@@ -35,17 +37,27 @@ class Draw(NamedTuple):
     sample: Sample
 
 
+class Phase(NamedTuple):
+    """A stretch of positions with the same weights. `walked` is how often each source was drawn before it."""
+
+    start: int
+    counts: tuple[int, ...]
+    walked: tuple[int, ...]
+
+
 class Mixture:
     """Endless draws from several sources: position k -> (source, sample), the same in every process and run.
 
     sources: (source, weight) pairs; weights are shares of the draws and need not sum to one. Positions fall
-        into blocks (`block_size`, at most 4096) and every block has exactly `block_counts` draws of each
-        source, shuffled. Weights whose common denominator is larger than that are rounded, no source below
-        one draw a block.
-    seed: of the shuffles. Each source is walked in epochs: every sample once before any comes again.
+        into blocks (at most 4096 long) and every block has exactly its phase's `counts` draws of each source,
+        shuffled. Weights whose common denominator is larger than that are rounded, no source below one draw a
+        block. A curriculum gives a mapping {position: weight} instead: the weight from that position on, zero
+        before the first and wherever it says zero.
+    seed: of the shuffles. Each source is walked in epochs: every sample once before any comes again, whatever the
+        weights become.
     """
 
-    def __init__(self, sources: Sequence[tuple[Source, float]], seed: int) -> None:
+    def __init__(self, sources: Sequence[tuple[Source, Weight]], seed: int) -> None:
         if not sources:
             raise ValueError("sources is empty: give at least one (source, weight)")
         self.sources = [source for source, _ in sources]
@@ -58,12 +70,8 @@ class Mixture:
         for name, (source, weight) in zip(self.names, sources, strict=True):
             if len(source) == 0:
                 raise ValueError(f"source {name} is empty: leave it out")
-            if not (weight > 0 and math.isfinite(weight)):
-                raise ValueError(
-                    f"weight of {name} is {weight}: give a positive number, or leave the source out"
-                )
-        self.block_counts = _block_counts([weight for _, weight in sources])
-        self.block_size = sum(self.block_counts)
+            check_weight(weight, f"weight of {name}")
+        self.phases = _phases([weight for _, weight in sources], seed)
 
     @property
     def num_samples(self) -> int:
@@ -74,10 +82,12 @@ class Mixture:
         """Position k = 0, 1, 2, ... -> (source_index, sample_index). Costs one block, wherever k is."""
         if k < 0:
             raise IndexError(f"position {k} is negative")
-        block, position = divmod(k, self.block_size)
-        of_source, ordinals = _block(self.block_counts, self.seed, block)
+        number = bisect_right(self.phases, k, key=lambda phase: phase.start) - 1
+        start, counts, before = self.phases[number]
+        block, position = divmod(k - start, sum(counts))
+        of_source, ordinals = _block(counts, _phase_seed(self.seed, number), block)
         j = int(of_source[position])
-        walked = block * self.block_counts[j] + int(ordinals[position])
+        walked = before[j] + block * counts[j] + int(ordinals[position])
         _, i = position_to_index(walked, len(self.sources[j]), hash64("source", self.seed, j))
         return j, i
 
@@ -93,6 +103,49 @@ class Mixture:
         return str(where(i)) if callable(where) else self.names[j]
 
 
+def check_weight(weight: Weight, what: str = "weight") -> None:
+    """Raises ValueError for a weight that is not positive, or a curriculum that is never or nowhere drawn."""
+    if not isinstance(weight, Mapping):
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ValueError(f"{what} is {weight}: give a positive number, or leave the source out")
+        return
+    if any(start < 0 for start in weight) or any(not (w >= 0 and math.isfinite(w)) for w in weight.values()):
+        raise ValueError(f"{what} is {dict(weight)}: neither starts nor weights may be negative")
+    if not any(weight.values()):
+        raise ValueError(f"{what} is {dict(weight)}: it is never drawn, leave the source out")
+
+
+def _phases(weights: Sequence[Weight], seed: int) -> list[Phase]:
+    """Where any weight changes a phase begins; sources go on where their earlier phases left them."""
+    curricula = [weight if isinstance(weight, Mapping) else {0: weight} for weight in weights]
+    phases: list[Phase] = []
+    walked = (0,) * len(weights)
+    for start in sorted({0, *(start for curriculum in curricula for start in curriculum)}):
+        now = [_weight_at(curriculum, start) for curriculum in curricula]
+        if not any(now):
+            raise ValueError(f"no source has a weight from position {start} on: give at least one")
+        if phases:
+            last = phases[-1]
+            blocks, rest = divmod(start - last.start, sum(last.counts))
+            of_source, _ = _block(last.counts, _phase_seed(seed, len(phases) - 1), blocks)
+            partial = np.bincount(of_source[:rest], minlength=len(weights))
+            walked = tuple(
+                w + blocks * count + int(more)
+                for w, count, more in zip(walked, last.counts, partial, strict=True)
+            )
+        phases.append(Phase(start, _block_counts(now), walked))
+    return phases
+
+
+def _weight_at(curriculum: Mapping[int, float], position: int) -> float:
+    started = [start for start in curriculum if start <= position]
+    return curriculum[max(started)] if started else 0.0
+
+
+def _phase_seed(seed: int, number: int) -> int:
+    return seed if number == 0 else hash64("phase", seed, number)
+
+
 def _block_counts(weights: Sequence[float]) -> tuple[int, ...]:
     """The smallest whole numbers in the proportion of the weights; rounded (largest remainder) above MAX_BLOCK."""
     exact = [
@@ -105,7 +158,7 @@ def _block_counts(weights: Sequence[float]) -> tuple[int, ...]:
     total = sum(counts)
     if total <= MAX_BLOCK:
         return tuple(counts)
-    floors = [max(1, count * MAX_BLOCK // total) for count in counts]
+    floors = [max(1, count * MAX_BLOCK // total) if count else 0 for count in counts]
     remainders = sorted(range(len(counts)), key=lambda j: (-(counts[j] * MAX_BLOCK % total), j))
     for j in remainders[: max(0, MAX_BLOCK - sum(floors))]:
         floors[j] += 1

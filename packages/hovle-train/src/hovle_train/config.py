@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hovle_core.registry import Registry
+from hovle_data.mixture import check_weight
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
@@ -28,12 +29,21 @@ class Named(Section):
 
 
 class Source(Section):
-    """A data set in a mixture. `name` is a registered dataset kind, `weight` its share of the draws."""
+    """A data set in a mixture. `name` is a registered dataset kind, `weight` its share of the draws.
+
+    A curriculum is a weight that changes: `weight: {0: 3, 150: 1}` is 3 until step 150 and 1 from then on.
+    """
 
     path: str
     name: str = "webdataset"
-    weight: float = Field(1.0, gt=0)
+    weight: float | dict[int, float] = 1.0
     options: dict[str, Any] = {}
+
+    @field_validator("weight")
+    @classmethod
+    def _weight_is_drawn(cls, weight: float | dict[int, float]) -> float | dict[int, float]:
+        check_weight(weight)
+        return weight
 
 
 class ImageConfig(Section):
@@ -142,6 +152,16 @@ class Recipe(Section):
     train: TrainConfig
     resources: ResourcesConfig = ResourcesConfig()
     observers: ObserversConfig = ObserversConfig()
+
+    @model_validator(mode="after")
+    def _curricula_end_in_time(self) -> "Recipe":
+        for source in (*self.data.sources, *self.data.images, *self.data.texts):
+            if isinstance(source.weight, dict) and max(source.weight) >= self.train.steps:
+                raise ValueError(
+                    f"weight of {source.path} changes at step {max(source.weight)}, and train.steps is "
+                    f"{self.train.steps}: it would never be reached"
+                )
+        return self
 
     @property
     def path(self) -> Path:

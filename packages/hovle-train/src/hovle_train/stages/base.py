@@ -15,7 +15,7 @@ from hovle_core.losses import next_token_loss
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import HovleProcessor
 from hovle_core.registry import Registry
-from hovle_data.mixture import Mixture
+from hovle_data.mixture import Mixture, Weight
 from hovle_data.packing import PackedBatch
 from hovle_data.quarantine import Ledger
 from hovle_data.streams import Stream
@@ -93,10 +93,19 @@ class Stage(ABC):
                 f"data.{field} is empty, and stage {self.name!r} reads it: name at least one source"
             )
         opened = [
-            (self.registry.build("dataset", source.name, path=source.path, **source.options), source.weight)
+            (
+                self.registry.build("dataset", source.name, path=source.path, **source.options),
+                self._weight(source),
+            )
             for source in sources
         ]
         return Mixture(opened, seed=self.recipe.seed)
+
+    def _weight(self, source: Source) -> Weight:
+        """A recipe counts a curriculum in steps, a mixture in positions."""
+        if not isinstance(source.weight, dict):
+            return source.weight
+        return {step * self.recipe.train.global_batch_size: weight for step, weight in source.weight.items()}
 
 
 class NextTokenStage(Stage):
