@@ -82,7 +82,7 @@ def test_own_format_round_trip_is_exact(name, tmp_path):
         (lambda t: t.update(extra=torch.zeros(1)), "unknown extra"),
         (
             lambda t: t.update({"language_model.output.weight": torch.zeros(3, 64)}),
-            "lm_head.weight is \\[3, 64\\]",
+            "output.weight is \\[3, 64\\], expected \\[320, 64\\]",
         ),
     ],
 )

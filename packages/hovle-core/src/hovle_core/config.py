@@ -88,7 +88,8 @@ class HolisticEmbeddingConfig(PreTrainedConfig):
 class HovleConfig(PreTrainedConfig):
     """A HoVLE: `embedding_config` for the holistic embedding, `text_config` for any transformers causal LM.
 
-    `image_token_id` is the placeholder in `input_ids` that an image token replaces (`<IMG_CONTEXT>`).
+    `image_token_id` is the placeholder in `input_ids` that an image token replaces (`<IMG_CONTEXT>`). `released` is the
+    `config.json` of the released checkpoint that this one comes from: `hovle convert --to released` starts from it.
     """
 
     model_type = "hovle"
@@ -106,6 +107,7 @@ class HovleConfig(PreTrainedConfig):
     image_token_id: int = 92546
     # The LLM ties its head to its own table, not to the holistic embedding's; text_config says whether.
     tie_word_embeddings: bool = False
+    released: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

@@ -25,8 +25,10 @@ from hovle_core.attention import Packing
 from hovle_core.config import HolisticEmbeddingConfig, HovleConfig
 from hovle_core.fusion import Expansion, expand_placeholders
 from hovle_core.holistic_embedding import HolisticEmbedding
+from hovle_core.hub import HUB_ARGUMENTS, local_folder
 from hovle_core.layers import TransformerBlock
-from hovle_core.official import is_released, load_released
+from hovle_core.official import is_released, read_released_config
+from hovle_core.official_tensors import load_released
 
 attention.register()
 
@@ -106,7 +108,11 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         config: HovleConfig | None = None,
         **kwargs: Any,
     ) -> "HovleForConditionalGeneration":
-        """As transformers', for our format and the released one. Raises ValueError for remote code or pickles."""
+        """As transformers', for a folder or hub id in our format or the released one.
+
+        Raises ValueError for remote code, pickles, or tensors that do not fit the config; FileNotFoundError, saying
+        what to do, where there is no such folder or repository.
+        """
         if kwargs.pop("trust_remote_code", False):
             raise ValueError(
                 "trust_remote_code must stay False: hovle-core runs its own code for released checkpoints"
@@ -115,12 +121,20 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 "use_safetensors must stay True: pickled weights can run code; convert them first"
             )
-        if pretrained_model_name_or_path is not None and is_released(pretrained_model_name_or_path):
-            config, state_dict = load_released(Path(pretrained_model_name_or_path), config)
-            return super().from_pretrained(None, *args, config=config, state_dict=state_dict, **kwargs)
-        return super().from_pretrained(
-            pretrained_model_name_or_path, *args, config=config, use_safetensors=True, **kwargs
-        )
+        name = pretrained_model_name_or_path
+        if name is None:
+            return super().from_pretrained(None, *args, config=config, **kwargs)
+        hub = {argument: kwargs.pop(argument) for argument in HUB_ARGUMENTS if argument in kwargs}
+        folder = local_folder(name, weights=True, **hub)
+        if is_released(folder):
+            config = config or read_released_config(folder)
+            state_dict = load_released(folder, config)
+            loaded = super().from_pretrained(None, *args, config=config, state_dict=state_dict, **kwargs)
+        else:
+            loaded = super().from_pretrained(folder, *args, config=config, use_safetensors=True, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info
+        model.name_or_path = model.config.name_or_path = str(name)  # the hub id, not the cache's folder
+        return loaded
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding.embed_tokens

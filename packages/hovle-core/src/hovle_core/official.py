@@ -1,49 +1,68 @@
-"""Released checkpoints (`config.json` with `embedding_config`) read as ours, tensor for tensor, without remote code.
+"""The released checkpoints' `config.json` as ours, and back (hovle-spec, section 1). No remote code on either way.
 
-The released LLM is an InternLM2, which is a Llama whose q, k and v are stored as one grouped matrix; the embedding
-blocks are always of that kind. Names and layout: hovle-spec, section 1.
+The released LLM is an InternLM2, which is a Llama whose q, k and v are stored as one grouped matrix; Llama and Qwen2
+are known as well. Tensors: `official_tensors`; tokenizers: `official_processor`; whole folders: `convert`.
 """
 
+import copy
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
-from torch import Tensor
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from hovle_core.config import HolisticEmbeddingConfig, HovleConfig
 
+if TYPE_CHECKING:
+    from hovle_core.image_processor import HovleImageProcessor
+
 RELEASED_MODEL_TYPE = "internvl_chat"
-SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+INTERNLM2 = "internlm2"
 
-# Released name -> ours, as regular expressions on whole names; `wqkv` is split apart below.
-_BLOCK = {
-    r"attention\.wo": "self_attn.o_proj",
-    r"attention\.wqkv": "self_attn.wqkv",
-    r"feed_forward\.w1": "mlp.gate_proj",
-    r"feed_forward\.w3": "mlp.up_proj",
-    r"feed_forward\.w2": "mlp.down_proj",
-    r"attention_norm": "input_layernorm",
-    r"ffn_norm": "post_attention_layernorm",
+_CONFIG_CLASS: dict[str, type[PreTrainedConfig]] = {
+    INTERNLM2: LlamaConfig,
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
 }
-_EMBEDDING = {
-    r"embedding_model\.vision_embeddings\.": "embedding.patch_embed.",
-    r"embedding_model\.pixel_shuffle_proj\.": "embedding.pixel_shuffle_proj.",
-    r"embedding_model\.llm_text_embeddings\.": "embedding.embed_tokens.",
-    r"embedding_model\.encoder\.": "embedding.layers.",
+_ARCHITECTURE = {INTERNLM2: "InternLM2ForCausalLM", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+# transformers 4 had two fields where 5 has one, and derived the others.
+_OLD_ROPE = ("rope_theta", "rope_scaling")
+_NEW_FIELDS = ("rope_parameters", "layer_types", "head_dim")
+# What an InternLM2 has no word for.
+_NOT_INTERNLM2 = ("mlp_bias", "pretraining_tp", "attention_dropout")
+
+# Switches of the released embedding that every released checkpoint has alike; other values are another model.
+_EMBEDDING_SWITCHES = {
+    "use_pixel_shuffle_proj": True,
+    "use_2d_sincos_pos_embed": False,
+    "use_ls": False,
+    "mlp_bias": False,
 }
-_INTERNLM2 = {
-    r"language_model\.model\.tok_embeddings\.": "language_model.model.embed_tokens.",
-    r"language_model\.output\.": "language_model.lm_head.",
+# What the released code wants to be told of a HoVLE that was not made from a released one.
+_NEW_EMBEDDING = {
+    **_EMBEDDING_SWITCHES,
+    "model_type": "holistic_embedding",
+    "use_autoregressive_loss": False,
+    "use_img_start_end_tokens": True,
+    "special_token_maps": {},
+    "pretraining_tp": 1,
+}
+_NEW_TOP = {
+    "architectures": ["InternVLChatModel"],
+    "model_type": RELEASED_MODEL_TYPE,
+    "pad2square": False,
+    "ps_version": "v2",
+    "select_layer": -1,
+    "template": "internlm2-chat",
+    "use_backbone_lora": 0,
+    "use_llm_lora": 0,
 }
 
 
-def is_released(path: str | Path) -> bool:
-    """Whether `path` is a local folder in the released format."""
-    config = Path(path) / "config.json"
+def is_released(folder: str | Path) -> bool:
+    """Whether `folder` holds a checkpoint in the released format."""
+    config = Path(folder) / "config.json"
     return (
         config.is_file()
         and "embedding_config" in (raw := json.loads(config.read_text()))
@@ -51,122 +70,179 @@ def is_released(path: str | Path) -> bool:
     )
 
 
-def convert_config(released: Mapping[str, Any]) -> HovleConfig:
-    """A released `config.json` as a HovleConfig. Raises ValueError for an LLM that is not known."""
-    embedding, llm = dict(released["embedding_config"]), dict(released["llm_config"])
-    names = set(HolisticEmbeddingConfig.__dataclass_fields__) | {"rope_theta", "rope_scaling"}
-    kept = {name: value for name, value in embedding.items() if name in names and value is not None}
-    for ours in ("architectures", "model_type", "tie_word_embeddings", "dtype"):
-        kept.pop(ours, None)
-    embedding_config = HolisticEmbeddingConfig(vocab_size=embedding["llm_vocab_size"], **kept)
-    return HovleConfig(
-        embedding_config=embedding_config,
-        text_config=convert_llm_config(llm),
-        image_token_id=embedding["img_context_token_id"],
-    )
+def read_released_config(folder: Path) -> HovleConfig:
+    """`config_from_released` of a folder's `config.json`."""
+    return config_from_released(json.loads((folder / "config.json").read_text()))
 
 
-def convert_llm_config(llm: Mapping[str, Any]) -> PreTrainedConfig:
-    """`llm_config` as a transformers config; an InternLM2 becomes the Llama that it is."""
-    llm = {
-        name: value
-        for name, value in llm.items()
-        if name not in ("attn_implementation", "auto_map", "architectures")
-    }
-    kind = llm.pop("model_type", None)
-    if kind == "internlm2":
-        bias = llm.pop("bias", False)
-        return LlamaConfig(**llm, attention_bias=bias, architectures=["LlamaForCausalLM"])
-    if kind in ("llama", "qwen2"):
-        return AutoConfig.for_model(kind, **llm)
-    raise ValueError(
-        f"llm_config.model_type {kind!r} is not known; known are 'internlm2', 'llama' and 'qwen2'"
-    )
+def config_from_released(released: Mapping[str, Any]) -> HovleConfig:
+    """A released `config.json` as a HovleConfig, which keeps it as `released`.
 
-
-def split_wqkv(wqkv: Tensor, num_key_value_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """InternLM2's grouped `wqkv` -> q, k, v. Rows are `[kv_heads, heads / kv_heads + 2, head_dim]`: each group holds
-    its queries, then its key, then its value."""
-    grouped = wqkv.view(num_key_value_heads, -1, head_dim, *wqkv.shape[1:])
-    q, k, v = grouped[:, :-2], grouped[:, -2], grouped[:, -1]
-    shape = (-1, *wqkv.shape[1:])
-    return q.reshape(shape).contiguous(), k.reshape(shape).contiguous(), v.reshape(shape).contiguous()
-
-
-def convert_state_dict(released: Mapping[str, Tensor], config: HovleConfig) -> dict[str, Tensor]:
-    """Released tensors under our names."""
-    internlm2 = any(name.startswith("language_model.model.tok_embeddings") for name in released)
-    ours: dict[str, Tensor] = {}
-    for released_name, tensor in released.items():
-        name = _rename(released_name, internlm2)
-        if ".wqkv." not in name:
-            ours[name] = tensor
-            continue
-        part = config.embedding_config if name.startswith("embedding.") else config.text_config
-        head_dim = getattr(part, "head_dim", None) or part.hidden_size // part.num_attention_heads
-        for letter, x in zip("qkv", split_wqkv(tensor, part.num_key_value_heads, head_dim), strict=True):
-            ours[name.replace(".wqkv.", f".{letter}_proj.")] = x
-    return ours
-
-
-def _rename(name: str, internlm2: bool) -> str:
-    rules = dict(_EMBEDDING)
-    if name.startswith("embedding_model.encoder.") or internlm2:
-        rules |= _BLOCK
-    if internlm2:
-        rules |= _INTERNLM2
-    for pattern, replacement in rules.items():
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def load_released(path: Path, config: HovleConfig | None = None) -> tuple[HovleConfig, dict[str, Tensor]]:
-    """Config and tensors of a released checkpoint folder, converted.
-
-    Raises ValueError naming a missing, extra or misshapen tensor, FileNotFoundError where there are no safetensors.
+    Raises ValueError naming a field with a value that this model has no counterpart for.
     """
-    config = config or convert_config(json.loads((path / "config.json").read_text()))
-    ours = convert_state_dict(read_safetensors(path), config)
-    check_state_dict(ours, config)
-    return config, ours
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a folder with `model.safetensors`, or with shards and their index."""
-    if (index := path / SAFETENSORS_INDEX).is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    elif (path / SAFETENSORS).is_file():
-        files = [SAFETENSORS]
-    else:
-        raise FileNotFoundError(
-            f"{path} has neither {SAFETENSORS} nor {SAFETENSORS_INDEX}; pickled weights are refused, save safetensors"
+    embedding = released["embedding_config"]
+    for name, value in _EMBEDDING_SWITCHES.items():
+        if embedding.get(name, value) != value:
+            raise ValueError(
+                f"embedding_config.{name} is {embedding[name]!r}; only {value!r} is known, as in the released models"
+            )
+    size = released.get("force_image_size") or embedding["image_size"]
+    if size != embedding["image_size"]:
+        raise ValueError(
+            f"force_image_size {size} must equal embedding_config.image_size {embedding['image_size']}"
         )
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(path / file, framework="pt") as shard:
-            tensors.update({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118 (no mapping)
-    return tensors
+    return HovleConfig(
+        embedding_config=HolisticEmbeddingConfig(
+            **_kept(HolisticEmbeddingConfig, embedding, {"llm_vocab_size": "vocab_size"})
+        ),
+        text_config=_llm_config(released["llm_config"]),
+        image_token_id=embedding["img_context_token_id"],
+        dtype=released.get("torch_dtype"),
+        released=copy.deepcopy(dict(released)),
+    )
 
 
-def check_state_dict(tensors: Mapping[str, Tensor], config: HovleConfig) -> None:
-    """Raise ValueError naming the tensors that a model of `config` lacks, does not know, or has in another shape."""
-    import torch
+def _llm_config(llm: Mapping[str, Any]) -> PreTrainedConfig:
+    """`llm_config` as a transformers config; an InternLM2 becomes the Llama that it is."""
+    kind = llm.get("model_type")
+    if kind not in _CONFIG_CLASS:
+        raise ValueError(f"llm_config.model_type {kind!r} is not known; known are {sorted(_CONFIG_CLASS)}")
+    kept = _kept(_CONFIG_CLASS[kind], llm, {"bias": "attention_bias"} if kind == INTERNLM2 else {})
+    return _CONFIG_CLASS[kind](
+        **kept, architectures=[_CONFIG_CLASS[kind].__name__.replace("Config", "ForCausalLM")]
+    )
 
-    from hovle_core.modeling import HovleForConditionalGeneration
 
-    with torch.device("meta"):
-        expected = HovleForConditionalGeneration(config).state_dict()
-    if config.text_config.tie_word_embeddings:
-        expected.pop("language_model.lm_head.weight", None)
-        tensors = {
-            name: tensor for name, tensor in tensors.items() if name != "language_model.lm_head.weight"
-        }
-    problems = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
-    problems += [f"unknown {name}" for name in sorted(tensors.keys() - expected.keys())]
-    problems += [
-        f"{name} is {list(tensors[name].shape)}, expected {list(expected[name].shape)}"
-        for name in sorted(expected.keys() & tensors.keys())
-        if tensors[name].shape != expected[name].shape
-    ]
-    if problems:
-        raise ValueError(f"the released checkpoint does not fit its config: {'; '.join(problems[:8])}")
+def _kept(
+    config_class: type[PreTrainedConfig], released: Mapping[str, Any], names: Mapping[str, str]
+) -> dict[str, Any]:
+    """The fields of `released` that the config class itself has. Dumps of transformers 4 hold dozens of others."""
+    known = (own_fields(config_class) | set(_OLD_ROPE)) - {"layer_types"}
+    renamed = {names.get(name, name): value for name, value in released.items()}
+    return {name: value for name, value in renamed.items() if name in known and value is not None}
+
+
+def own_fields(config_class: type[PreTrainedConfig]) -> set[str]:
+    """The fields of a config class that are its own and not every config's."""
+    return set(config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+
+
+def llm_kind(config: HovleConfig) -> str:
+    """`llm_config.model_type` of this model in the released format: that of the checkpoint it comes from, if any.
+
+    Raises ValueError for an LLM that the released code does not know.
+    """
+    kind = (config.released or {}).get("llm_config", {}).get("model_type")
+    if kind is not None and type(config.text_config) is _CONFIG_CLASS[kind]:
+        return kind
+    kind = config.text_config.model_type
+    if kind not in _CONFIG_CLASS:
+        raise ValueError(
+            f"the released format has no LLM of type {kind!r}; it has {sorted(_CONFIG_CLASS)}: keep this checkpoint "
+            "in hovle's own format"
+        )
+    return kind
+
+
+def config_to_released(
+    config: HovleConfig, image_processor: "HovleImageProcessor | None" = None
+) -> dict[str, Any]:
+    """A HovleConfig as a released `config.json`: the one it comes from with what has changed since, or a new one.
+
+    `image_processor` says how pictures are tiled. Raises ValueError for what the released format cannot say.
+    """
+    if config.released is None:
+        return _written(config, image_processor)
+    origin = config_from_released(config.released)
+    before = _written(
+        origin, None if image_processor is None else image_processor_from_released(config.released)
+    )
+    return _patched(config.released, before, _written(config, image_processor))
+
+
+def _patched(
+    original: Mapping[str, Any], before: Mapping[str, Any], now: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`original` with the values that differ between `before` and `now`."""
+    patched = dict(original)
+    for name, value in now.items():
+        if isinstance(value, Mapping) and isinstance(original.get(name), Mapping):
+            patched[name] = _patched(original[name], before.get(name) or {}, value)
+        elif name not in before or before[name] != value:
+            patched[name] = value
+    return patched
+
+
+def _written(config: HovleConfig, image_processor: "HovleImageProcessor | None") -> dict[str, Any]:
+    """The released `config.json` of a HoVLE, written from nothing."""
+    embedding, llm, kind = config.embedding_config, config.text_config, llm_kind(config)
+    if kind == INTERNLM2 and llm.mlp_bias:
+        raise ValueError("text_config.mlp_bias is True, and an InternLM2 has none")
+    for part, stack in (("embedding_config", embedding), ("text_config", llm)):
+        head_dim = getattr(stack, "head_dim", None)
+        if head_dim not in (None, stack.hidden_size // stack.num_attention_heads):
+            raise ValueError(
+                f"{part}.head_dim {head_dim} is not hidden_size / num_attention_heads, as the released format has it"
+            )
+    dtype = {} if config.dtype is None else {"torch_dtype": str(config.dtype).removeprefix("torch.")}
+    blocks = _old_fields(embedding)
+    return {
+        **_NEW_TOP,
+        "embedding_config": {
+            **_NEW_EMBEDDING,
+            "llm_vocab_size": blocks.pop("vocab_size"),
+            **blocks,
+            "llm_hidden_size": llm.hidden_size,
+            "img_context_token_id": config.image_token_id,
+        },
+        "llm_config": {**_old_llm(llm, kind), **dtype},
+        "downsample_ratio": embedding.downsample_ratio,
+        "force_image_size": embedding.image_size,
+        **({} if image_processor is None else _tiling(image_processor)),
+        **dtype,
+    }
+
+
+def _old_llm(llm: PreTrainedConfig, kind: str) -> dict[str, Any]:
+    fields = _old_fields(llm)
+    if kind == INTERNLM2:
+        fields = {name: value for name, value in fields.items() if name not in _NOT_INTERNLM2}
+        fields["bias"] = fields.pop("attention_bias")
+    return {"model_type": kind, "architectures": [_ARCHITECTURE[kind]], **fields}
+
+
+def _old_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """A config's own fields with the names of transformers 4."""
+    rope = dict(config.rope_parameters or {})
+    kind = rope.pop("rope_type", "default")
+    rope.pop("type", None)
+    theta = rope.pop("rope_theta", 10000.0)
+    names = sorted(own_fields(type(config)) - set(_NEW_FIELDS))
+    return {
+        **{name: getattr(config, name) for name in names},
+        "rope_theta": theta,
+        "rope_scaling": None if kind == "default" else {"type": kind, **rope},
+    }
+
+
+def _tiling(image_processor: "HovleImageProcessor") -> dict[str, Any]:
+    return {
+        "dynamic_image_size": image_processor.max_tiles > 1,
+        "min_dynamic_patch": image_processor.min_tiles,
+        "max_dynamic_patch": image_processor.max_tiles,
+        "use_thumbnail": image_processor.use_thumbnail,
+    }
+
+
+def image_processor_from_released(released: Mapping[str, Any], **kwargs: Any) -> "HovleImageProcessor":
+    """The tiling that a released `config.json` asks for. `kwargs` go to `HovleImageProcessor`."""
+    from hovle_core.image_processor import HovleImageProcessor
+
+    dynamic = released.get("dynamic_image_size", True)
+    return HovleImageProcessor(
+        tile_size=released["embedding_config"]["image_size"],
+        min_tiles=released.get("min_dynamic_patch", 1) if dynamic else 1,
+        max_tiles=released.get("max_dynamic_patch", 12) if dynamic else 1,
+        use_thumbnail=released.get("use_thumbnail", True),
+        **kwargs,
+    )

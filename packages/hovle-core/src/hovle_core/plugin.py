@@ -1,9 +1,10 @@
-"""Core's own plugin: the default backbone and ``hovle plugins list``, through the same door as anyone's."""
+"""Core's own plugin, through the same door as anyone's: the default backbone, ``hovle plugins`` and ``convert``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from hovle_core.hookspecs import HOVLE_HOOK_API as CURRENT_HOOK_API
@@ -33,6 +34,19 @@ def hovle_commands(cli: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     listing.add_argument("--json", action="store_true", help="for machines")
     listing.set_defaults(run=_list, tolerates_broken_plugins=True)
 
+    convert = cli.add_parser("convert", help="a checkpoint between the released format and hovle's")
+    convert.add_argument(
+        "source", metavar="SRC", help="a folder, a finished run, or a hub id such as OpenGVLab/HoVLE"
+    )
+    convert.add_argument("destination", metavar="DST", help="the folder to write, or to replace with --force")
+    convert.add_argument("--to", required=True, choices=("released", "hovle"), help="the format of DST")
+    convert.add_argument("--revision", help="branch, tag or commit of a hub id")
+    convert.add_argument(
+        "--dry-run", action="store_true", help="check SRC, say what would be written, and stop"
+    )
+    convert.add_argument("--force", action="store_true", help="replace a checkpoint that DST holds")
+    convert.set_defaults(run=_convert, tolerates_broken_plugins=True)
+
 
 def _list(args: argparse.Namespace) -> int:
     plugins: HovlePlugins = args.plugins
@@ -44,6 +58,29 @@ def _list(args: argparse.Namespace) -> int:
             print(_text(_described(plugins, info)))
         if plugins.broken:
             print(f"run without what is broken: {plugins.rescue()} hovle ...")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from hovle_core.convert import check_destination, convert, plan
+    from hovle_core.hub import local_folder
+    from hovle_core.runs import latest_checkpoint
+
+    source = local_folder(latest_checkpoint(args.source), weights=True, revision=args.revision)
+    destination = Path(args.destination)
+    check_destination(source, destination, args.force)
+    planned = plan(source, args.to)
+    print(f"{args.source} -> {destination}")
+    for line in planned.lines():
+        print(f"  {line}")
+    if args.dry_run:
+        print("nothing was written (--dry-run)")
+        return 0
+    convert(planned, destination, force=args.force)
+    if args.to == "released":
+        print(
+            "the released code itself (*.py) is not written: copy it from the original repository where it is wanted"
+        )
     return 0
 
 

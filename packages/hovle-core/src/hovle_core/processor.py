@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from hovle_core.config import HovleConfig
+from hovle_core.hub import HUB_ARGUMENTS, local_folder
 from hovle_core.image_processor import HovleImageProcessor
 from hovle_core.losses import IGNORE_INDEX
+from hovle_core.official import is_released
 
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
@@ -73,6 +76,22 @@ class HovleProcessor(ProcessorMixin):
         self.image_token = IMAGE_CONTEXT
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "HovleProcessor":
+        """As transformers', for a folder or hub id in our format or the released one.
+
+        Raises FileNotFoundError, saying what to do, where there is no such folder, repository or tokenizer.
+        """
+        from hovle_core.official_processor import processor_from_released  # which makes processors
+
+        hub = {argument: kwargs.pop(argument) for argument in HUB_ARGUMENTS if argument in kwargs}
+        folder = local_folder(pretrained_model_name_or_path, weights=False, **hub)
+        if not is_released(folder):
+            return super().from_pretrained(folder, **kwargs)
+        if kwargs:
+            raise ValueError(f"unknown arguments {sorted(kwargs)} for the processor of a released checkpoint")
+        return processor_from_released(folder)
 
     # ---- training and chat -------------------------------------------------------------------------------------
 
