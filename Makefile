@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 
 # One line a member; extras are those that the tests and the demo need.
 MEMBERS := \
-	packages/hovle-core[gguf] \
+	packages/hovle-core[gguf,sentencepiece] \
 	packages/hovle-data \
 	packages/hovle-train \
 	packages/hovle-serve \

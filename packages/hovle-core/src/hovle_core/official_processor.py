@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
-from transformers.convert_slow_tokenizer import SentencePieceExtractor
-from transformers.utils import is_sentencepiece_available
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from hovle_core.image_processor import IMAGENET_MEAN, IMAGENET_STD
 from hovle_core.official import config_from_released, image_processor_from_released
 from hovle_core.processor import IMAGE_CONTEXT, HovleProcessor
+from hovle_core.sentencepiece_tokenizer import sentencepiece_tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
@@ -66,9 +65,9 @@ def processor_from_released(folder: Path) -> HovleProcessor:
 
 
 def load_tokenizer(folder: Path, llm_kind: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a released folder; an InternLM2's `tokenizer.model` through Llama's class, which reads the same.
+    """The tokenizer of a released folder; no class of its own is run.
 
-    Raises FileNotFoundError, and ValueError where sentencepiece is needed, as `processor_from_released`.
+    Raises FileNotFoundError where there is none, ValueError as `sentencepiece_tokenizer`.
     """
     if not has_tokenizer(folder):
         raise FileNotFoundError(
@@ -79,14 +78,7 @@ def load_tokenizer(folder: Path, llm_kind: str) -> PreTrainedTokenizerBase:
         return PreTrainedTokenizerFast.from_pretrained(folder)
     if llm_kind == "qwen2":
         return Qwen2Tokenizer.from_pretrained(folder)
-    if not is_sentencepiece_available():
-        raise ValueError(
-            f"{folder / 'tokenizer.model'} needs sentencepiece: pip install 'hovle-core[sentencepiece]'"
-        )
-    model = SentencePieceExtractor(str(folder / "tokenizer.model")).proto
-    return LlamaTokenizer.from_pretrained(
-        folder, legacy=False, add_prefix_space=model.normalizer_spec.add_dummy_prefix
-    )
+    return sentencepiece_tokenizer(folder)
 
 
 def _normalisation(folder: Path) -> dict[str, Any]:
