@@ -38,11 +38,46 @@ MINIMAL = {
             {"data": {"sources": [{"path": "a", "weight": {0: 1, 7: 2}}]}},
             "weight of a changes at step 7, and train.steps is 1: it would never be reached",
         ),
+        (
+            {"model": {"embedding": {"num_hiden_layers": 2}}},
+            "model.embedding: unknown field 'num_hiden_layers'; did you mean 'num_hidden_layers'",
+        ),
+        (
+            {"model": {"embedding": {"dtype": "x"}}},
+            "model.embedding: unknown field 'dtype' .known: attention_bias",
+        ),
+        (
+            {"optim": {"lr": 1, "schedule": "constant", "min_lr_share": 0.1}},
+            "optim: min_lr_share 0.1 does nothing with schedule 'constant'.* set schedule: cosine",
+        ),
+        (
+            {"optim": {"lr": 1, "schedule": "wsd", "min_lr_share": 0.1}},
+            "optim: min_lr_share 0.1 does nothing with schedule 'wsd'",
+        ),
+        (
+            {"optim": {"lr": 1, "decay_share": 0.5}},
+            "optim: decay_share 0.5 does nothing with schedule 'cosine'.* set schedule: wsd",
+        ),
+        (
+            {"resources": {"accelerator_type": "A100"}},
+            "resources: accelerator_type 'A100' does nothing with use_gpu: false.* set use_gpu: true",
+        ),
     ],
 )
 def test_problems_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         parse_recipe({**MINIMAL, **change})
+
+
+def test_settings_that_are_read_are_taken_and_survive_printing():
+    for change in (
+        {"optim": {"lr": 1, "schedule": "wsd", "decay_share": 0.5}},
+        {"optim": {"lr": 1, "min_lr_share": 0.1}},
+        {"resources": {"accelerator_type": "A100", "use_gpu": True}},
+        {"model": {"embedding": {"num_hidden_layers": 2}}},
+    ):
+        recipe = parse_recipe({**MINIMAL, **change})
+        assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
 def test_overrides():

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from hovle_core.registry import Registry
+from hovle_core.registry import Registry, did_you_mean
 from hovle_data.mixture import check_weight
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
@@ -66,6 +66,20 @@ class ModelConfig(Section):
     attention: str = "hovle_packed"
     activation_checkpointing: bool = False
 
+    @field_validator("embedding")
+    @classmethod
+    def _fields_of_the_embedding(cls, embedding: dict[str, Any]) -> dict[str, Any]:
+        if not embedding:
+            return embedding
+        from hovle_core.config import HolisticEmbeddingConfig  # imports torch
+        from hovle_core.official import own_fields
+
+        known = own_fields(HolisticEmbeddingConfig)
+        if unknown := sorted(embedding.keys() - known):
+            hint = did_you_mean(unknown[0], known) or f" (known: {', '.join(sorted(known))})"
+            raise ValueError(f"unknown field {unknown[0]!r}{hint}")
+        return embedding
+
     @model_validator(mode="after")
     def _init_from_is_whole(self) -> "ModelConfig":
         given = self.model_fields_set & {"backbone", "tokenizer", "embedding", "image"}
@@ -111,6 +125,16 @@ class OptimConfig(Section):
     # The cosine ends at this share of the peak.
     min_lr_share: float = Field(0.0, ge=0, le=1)
 
+    @model_validator(mode="after")
+    def _schedule_reads_them(self) -> "OptimConfig":
+        for name, schedule in (("decay_share", "wsd"), ("min_lr_share", "cosine")):
+            if self.schedule != schedule and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} does nothing with schedule {self.schedule!r}: leave it out, or set "
+                    f"schedule: {schedule}"
+                )
+        return self
+
 
 class TrainConfig(Section):
     steps: int = Field(gt=0)
@@ -133,6 +157,15 @@ class ResourcesConfig(Section):
     use_gpu: bool = False
     accelerator_type: str | None = None
     max_failures: int = Field(3, ge=0)
+
+    @model_validator(mode="after")
+    def _accelerators_are_used(self) -> "ResourcesConfig":
+        if self.accelerator_type is not None and not self.use_gpu:
+            raise ValueError(
+                f"accelerator_type {self.accelerator_type!r} does nothing with use_gpu: false: leave it out, or set "
+                "use_gpu: true"
+            )
+        return self
 
 
 class ObserversConfig(Section):
@@ -242,8 +275,10 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             hint = f"did you mean {near[0]!r}?" if near else f"known keys are {sorted(known)}"
             lines.append(f"  {where}: unknown key, {hint}")
         else:
-            given = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
-            lines.append(f"  {where}: {problem['msg']}{given}")
+            # Our own validators say which value they mean.
+            own = problem["type"] in ("missing", "value_error")
+            given = "" if own else f", got {problem['input']!r}"
+            lines.append(f"  {where}: {problem['msg'].removeprefix('Value error, ')}{given}")
     return "\n".join(lines)
 
 
