@@ -1,4 +1,4 @@
-"""The default backbone: any transformers causal LM, from a hub id or a folder."""
+"""The default backbone and tokenizer: whatever transformers can load from a hub id or a folder."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from hovle_core.processor import add_image_tokens
-from hovle_core.roles import LLMBackbone
+from hovle_core.roles import LLMBackbone, TokenizerProvider
 
 
 class TransformersBackbone(LLMBackbone):
@@ -61,3 +61,26 @@ class TransformersBackbone(LLMBackbone):
         if model.get_input_embeddings().weight.shape[0] < size:
             model.resize_token_embeddings(size)
         return model
+
+
+class TransformersTokenizer(TokenizerProvider):
+    """A tokenizer that `AutoTokenizer` can load without remote code; picture tokens that it lacks are added.
+
+    Args:
+        path: hub id or folder.
+
+    `tokenizer()` raises ValueError naming `path` where there is no such tokenizer.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model.tokenizer path {self.path!r} holds no tokenizer that transformers can load: {error}"
+            ) from error
+        add_image_tokens(tokenizer)
+        return tokenizer

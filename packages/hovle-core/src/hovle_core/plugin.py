@@ -1,4 +1,4 @@
-"""Core's own plugin, through the same door as anyone's: the default backbone, ``hovle plugins`` and ``convert``."""
+"""Core's own plugin, through the same door as anyone's: default backbone and tokenizer, two commands."""
 
 from __future__ import annotations
 
@@ -22,6 +22,17 @@ def hovle_backbones() -> list[Spec]:
             "transformers",
             "hovle_core.backbones:TransformersBackbone",
             summary="any causal LM that transformers can load: path=DIRECTORY or Hub id",
+        )
+    ]
+
+
+@hookimpl
+def hovle_tokenizers() -> list[Spec]:
+    return [
+        Spec(
+            "transformers",
+            "hovle_core.backbones:TransformersTokenizer",
+            summary="any tokenizer that transformers can load: path=DIRECTORY or Hub id",
         )
     ]
 

@@ -10,7 +10,7 @@ from hovle_core.image_processor import HovleImageProcessor
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import IMAGE_CONTEXT, HovleProcessor
 from hovle_core.registry import Registry
-from hovle_core.roles import LLMBackbone
+from hovle_core.roles import LLMBackbone, TokenizerProvider
 from hovle_train.config import ModelConfig
 from hovle_train.runs import resolve_checkpoint
 
@@ -25,10 +25,7 @@ def build_backbone(config: ModelConfig, registry: Registry) -> LLMBackbone:
     """The recipe's backbone. Raises ValueError if there is none, or if the plugin returns something else."""
     if config.backbone is None:
         raise ValueError("model.backbone is needed to start a new model (or model.init_from to continue one)")
-    options = dict(config.backbone.options)
-    if "path" in options:
-        options["path"] = resolve_checkpoint(options["path"])
-    backbone = registry.build("backbone", config.backbone.name, **options)
+    backbone = registry.build("backbone", config.backbone.name, **_resolved(config.backbone.options))
     if not isinstance(backbone, LLMBackbone):
         raise ValueError(
             f"backbone {config.backbone.name!r} is a {type(backbone).__name__}, not an LLMBackbone"
@@ -37,35 +34,40 @@ def build_backbone(config: ModelConfig, registry: Registry) -> LLMBackbone:
 
 
 def embedding_config(config: ModelConfig, llm: PreTrainedConfig, vocab_size: int) -> HolisticEmbeddingConfig:
-    """The new embedding's config: the LLM's sizes, overridden by the recipe. Raises ValueError for unknown fields."""
-    known = set(HolisticEmbeddingConfig.__dataclass_fields__)
-    if unknown := sorted(config.embedding.keys() - known):
-        raise ValueError(f"model.embedding: unknown fields {unknown}; known are {sorted(_own_fields())}")
+    """The new embedding's config: the LLM's sizes, overridden by the recipe."""
     fields: dict[str, Any] = {
         name: getattr(llm, name) for name in _FROM_LLM if getattr(llm, name, None) is not None
     }
     return HolisticEmbeddingConfig(**{**fields, "vocab_size": vocab_size, **config.embedding})
 
 
-def _own_fields() -> set[str]:
-    return set(HolisticEmbeddingConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
-
-
 def build_tokenizer(config: ModelConfig, registry: Registry) -> PreTrainedTokenizerBase:
     """The backbone's tokenizer, or the one that `model.tokenizer` names.
 
-    Raises ValueError if a tokenizer of one's own has more tokens than the LLM has embeddings.
+    Raises ValueError if the plugin returns something else, or a tokenizer with more tokens than the LLM has embeddings.
     """
     backbone = build_backbone(config, registry)
     if config.tokenizer is None:
         return backbone.tokenizer()
-    tokenizer = registry.build("tokenizer", config.tokenizer.name, **config.tokenizer.options).tokenizer()
-    if len(tokenizer) > backbone.config().vocab_size:
+    name = config.tokenizer.name
+    provider = registry.build("tokenizer", name, **_resolved(config.tokenizer.options))
+    if not isinstance(provider, TokenizerProvider):
+        raise ValueError(f"tokenizer {name!r} is a {type(provider).__name__}, not a TokenizerProvider")
+    tokenizer = provider.tokenizer()
+    # A backbone's embeddings have room for its own tokenizer, whose picture tokens its config may not count.
+    room = max(backbone.config().vocab_size, len(backbone.tokenizer()))
+    if len(tokenizer) > room:
         raise ValueError(
-            f"model.tokenizer {config.tokenizer.name!r} has {len(tokenizer)} tokens, the backbone's vocabulary "
-            f"{backbone.config().vocab_size}: choose a backbone that was made for this tokenizer"
+            f"model.tokenizer {name!r} has {len(tokenizer)} tokens with the picture tokens, and the LLM of "
+            f"model.backbone has {room} embeddings: choose a "
+            "tokenizer that this LLM was made with, or a backbone with a larger vocabulary"
         )
     return tokenizer
+
+
+def _resolved(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with a `path` to a finished run led to its checkpoint."""
+    return {**options, "path": resolve_checkpoint(options["path"])} if "path" in options else options
 
 
 def build_processor(

@@ -1,0 +1,84 @@
+"""`model.tokenizer`: a provider by name, through the registry and a whole run."""
+
+import pytest
+
+from hovle_core import HovleProcessor
+from hovle_core.registry import Provider, Spec
+from hovle_core.testing import tiny_tokenizer
+from hovle_train.build import build_tokenizer
+from hovle_train.loop import Trainer
+from hovle_train.runtime import Runtime
+
+TEXT = "a red square thing, number 7"
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A folder with a tokenizer that splits text otherwise than the LLM's, and has no more tokens."""
+    tokenizer = tiny_tokenizer(["square thing number here"] * 9)
+    tokenizer.save_pretrained(tmp_path / "other")
+    return tmp_path / "other", tokenizer
+
+
+def with_tokenizer(make_recipe, stage="alignment", **tokenizer):
+    recipe = make_recipe(stage, train={"steps": 1, "micro_batch_tokens": 256})
+    return make_recipe(
+        stage,
+        train={"steps": 1, "micro_batch_tokens": 256},
+        model={**recipe.model.model_dump(), "tokenizer": tokenizer},
+    )
+
+
+@pytest.mark.parametrize("stage", ["language_modeling", "alignment"])
+def test_a_run_encodes_with_the_tokenizer_of_its_recipe(stage, make_recipe, plugins, other):
+    folder, tokenizer = other
+    recipe = with_tokenizer(make_recipe, stage, name="transformers", options={"path": str(folder)})
+    trainer = Trainer(recipe, plugins, Runtime())
+    own = build_tokenizer(make_recipe(stage).model, plugins.registry)
+    assert own(TEXT)["input_ids"] != tokenizer(TEXT)["input_ids"]
+    trainer.run()
+    assert trainer.processor.tokenizer(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
+    if stage == "alignment":
+        saved = HovleProcessor.from_pretrained(recipe.path / "final").tokenizer
+        assert saved(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
+        # A finished run is a tokenizer's folder as well.
+        again = with_tokenizer(make_recipe, name="transformers", options={"path": str(recipe.path)})
+        assert build_tokenizer(again.model, plugins.registry)(TEXT) == tokenizer(TEXT)
+
+
+def test_picture_tokens_are_added(make_recipe, plugins, other):
+    from transformers import PreTrainedTokenizerFast
+
+    folder, _ = other
+    plain = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+    plain.save_pretrained(folder)
+    recipe = with_tokenizer(make_recipe, name="transformers", options={"path": str(folder)})
+    assert "<IMG_CONTEXT>" in build_tokenizer(recipe.model, plugins.registry).all_special_tokens
+
+
+def test_what_does_not_fit_is_named(make_recipe, plugins, other, tmp_path):
+    folder, tokenizer = other
+    tokenizer.add_tokens([f"<extra {i}>" for i in range(40)])
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "empty").mkdir()
+    plugins.registry.add(
+        "tokenizer", Spec("no-provider", "hovle_core.testing:GridTeacher"), Provider("tests", "0")
+    )
+    for name, options, message in (
+        (
+            "transformers",
+            {"path": str(folder)},
+            f"has {len(tokenizer)} tokens .*, and the LLM of model.backbone has 30",
+        ),
+        (
+            "transformers",
+            {"path": str(tmp_path / "empty")},
+            "path .*empty' holds no tokenizer that transformers can load",
+        ),
+        ("transformers", {"paht": "x"}, "did you mean 'path'"),
+        ("transformer", {"path": "x"}, "there is no tokenizer 'transformer'; did you mean 'transformers'"),
+        ("no-provider", {}, "tokenizer 'no-provider' is a GridTeacher, not a TokenizerProvider"),
+    ):
+        recipe = with_tokenizer(make_recipe, name=name, options=options)
+        with pytest.raises(ValueError, match=message):
+            Trainer(recipe, plugins, Runtime()).run()
