@@ -1,6 +1,7 @@
 """Each stage: what trains, what does not, that it learns, and that a stop does not show."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from hovle_core import HovleForConditionalGeneration, HovleProcessor
 from hovle_data.quarantine import Ledger
 from hovle_train import checkpoint
+from hovle_train.commands import train
 from hovle_train.freeze import freeze_except
 from hovle_train.loop import Trainer
 from hovle_train.metrics import read_metrics
@@ -157,6 +159,37 @@ def test_another_recipe_does_not_resume_and_is_not_called_finished(make_recipe, 
     assert is_finished(recipe.path)
     with pytest.raises(ValueError, match="finished run .* was made by another recipe .*optim.lr"):
         Trainer(make_recipe("alignment", optim={"lr": 1e-5}), plugins, Runtime()).run()
+
+
+def test_a_parent_that_was_retrained_is_noticed(make_recipe, plugins, tmp_path):
+    def parent(lr):
+        shutil.rmtree(tmp_path / "parent", ignore_errors=True)
+        recipe = make_recipe(
+            "alignment", run_dir=str(tmp_path / "parent"), train={"steps": 2}, optim={"lr": lr}
+        )
+        Trainer(recipe, plugins, Runtime()).run()
+
+    parent(1e-3)
+    model = {"init_from": str(tmp_path / "parent"), "backbone": None, "embedding": {}, "image": {}}
+    recipe = make_recipe("instruction_tuning", run_dir=str(tmp_path / "child"), model=model)
+    trainer = Trainer(recipe, plugins, Runtime())
+    kill_after(trainer, 3)
+    with pytest.raises(Killed):
+        trainer.run()
+    parent(2e-3)
+    message = "checkpoint .* started from .*parent, whose weights have changed since: delete .*child to train it again"
+    with pytest.raises(ValueError, match=message):
+        Trainer(recipe, plugins, Runtime()).run()
+
+    parent(1e-3)  # the same recipe gives the same weights: nothing has changed
+    Trainer(recipe, plugins, Runtime()).run()
+    Trainer(recipe, plugins, Runtime()).run()
+    parent(2e-3)
+    for call in (Trainer(recipe, plugins, Runtime()).run, lambda: train(recipe, local=True)):
+        with pytest.raises(ValueError, match="finished run .* whose weights have changed since"):
+            call()
+    shutil.rmtree(tmp_path / "parent")  # to save space: what is finished stays finished
+    Trainer(recipe, plugins, Runtime()).run()
 
 
 def test_stages_start_from_each_other_and_what_is_finished_stays(make_recipe, plugins, tmp_path):

@@ -51,7 +51,7 @@ def train(recipe: Recipe, local: bool = False, console: Console | None = None) -
     from rich.console import Console
     from transformers.utils import logging
 
-    from hovle_train.lineage import check_same
+    from hovle_train.lineage import check_finished
     from hovle_train.progress import follow
     from hovle_train.ray_trainer import run_local, run_on_ray
     from hovle_train.runtime import has_fast_bfloat16
@@ -59,7 +59,7 @@ def train(recipe: Recipe, local: bool = False, console: Console | None = None) -
     console = console or Console(stderr=True)
     logging.disable_progress_bar()  # there is one bar, the run's
     if is_finished(recipe.path):
-        check_same(read_summary(recipe.path)["recipe"], recipe, f"finished run {recipe.path}")
+        check_finished(recipe)
         console.print(f"{recipe.stage.name}: finished already, in {recipe.path}", highlight=False)
         return
     device = torch.device("cuda" if recipe.resources.use_gpu else "cpu")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hovle_train.checkpoint import sync_folder
-from hovle_train.config import Recipe
+from hovle_train.lineage import parent_of
 from hovle_train.metrics import read_metrics
 from hovle_train.runs import FINAL, METRICS_FILE, SUMMARY_FILE
 
@@ -51,14 +51,11 @@ def summary(trainer: "Trainer") -> dict[str, Any]:
         "num_workers": trainer.runtime.world_size,
         "commit": trainer.commit,
         "plugins": trainer.plugins.versions,
-        "parent": recipe.model.init_from or _backbone_path(recipe),
+        "parent": parent_of(recipe),
+        "parent_weights": trainer.parent_weights,
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "recipe": trainer.run_info.recipe,
     }
-
-
-def _backbone_path(recipe: Recipe) -> str | None:
-    return recipe.model.backbone.options.get("path") if recipe.model.backbone else None
 
 
 def export_final(trainer: "Trainer") -> None:

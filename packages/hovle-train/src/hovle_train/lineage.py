@@ -1,10 +1,13 @@
-"""Whether a folder holds what a recipe asks for: recipes with absolute paths, and where two of them differ."""
+"""Whether a folder holds what a recipe asks for: recipes with absolute paths, where two of them differ, and whether
+what a run started from is still what it was."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 from hovle_train.config import Recipe
+from hovle_train.runs import FINAL, is_finished, read_summary
 
 # What may change between starts of one run without changing what it computes.
 FREE_SECTIONS = ("resources", "observers", "run_dir")
@@ -30,6 +33,45 @@ def check_same(saved: dict[str, Any], recipe: Recipe, what: str) -> None:
         raise ValueError(
             f"{what} was made by another recipe ({'; '.join(found[:5])}): restore it, choose another run_dir, or "
             "delete the folder to start afresh"
+        )
+
+
+def check_finished(recipe: Recipe) -> None:
+    """Raise ValueError unless the finished run in the recipe's folder is of this recipe and of its parent as it is."""
+    card, what = read_summary(recipe.path), f"finished run {recipe.path}"
+    check_same(card["recipe"], recipe, what)
+    check_parent(card.get("parent_weights"), weights_hash(parent_of(recipe)), recipe, what)
+
+
+def parent_of(recipe: Recipe) -> str | None:
+    """What a run starts from: a HoVLE (`model.init_from`), or the LLM of its backbone; a folder or a hub id."""
+    if recipe.model.init_from is not None:
+        return recipe.model.init_from
+    return recipe.model.backbone.options.get("path") if recipe.model.backbone else None
+
+
+def weights_hash(parent: str | None) -> str | None:
+    """SHA-256 over the safetensors of a run or checkpoint folder; None where there are none here (a hub id)."""
+    if parent is None:
+        return None
+    folder = Path(parent) / FINAL if is_finished(parent) else Path(parent)
+    total = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        with path.open("rb") as file:
+            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest() if files else None
+
+
+def check_parent(recorded: str | None, now: str | None, recipe: Recipe, what: str) -> None:
+    """Raise ValueError if the parent's weights are others than when `what` started from them.
+
+    Nothing is said where one of the two is not known: a hub id, or a parent that was deleted to save space.
+    """
+    if recorded is not None and now is not None and recorded != now:
+        raise ValueError(
+            f"{what} started from {parent_of(recipe)}, whose weights have changed since: delete {recipe.run_dir} to "
+            "train it again from the new ones, or restore the old ones"
         )
 
 

@@ -21,11 +21,11 @@ from hovle_train import checkpoint
 from hovle_train.config import Recipe
 from hovle_train.export import export_final
 from hovle_train.freeze import freeze_except, set_train_mode
-from hovle_train.lineage import check_same
+from hovle_train.lineage import check_finished, check_parent, check_same, parent_of, weights_hash
 from hovle_train.metrics import MetricsWriter, Window, truncate_metrics
 from hovle_train.optim import build_optimizers, lr_share, set_lr
 from hovle_train.parallel import sync_gradients
-from hovle_train.runs import METRICS_FILE, RECIPE_FILE, STATUS_FILE, Run, is_finished, read_summary
+from hovle_train.runs import METRICS_FILE, RECIPE_FILE, STATUS_FILE, Run, is_finished
 from hovle_train.runtime import Runtime, resolve_precision
 from hovle_train.stages.base import Stage
 from hovle_train.weights import Weights
@@ -44,6 +44,7 @@ class Trainer:
         self.recipe, self.plugins, self.runtime, self.commit = recipe, plugins, runtime, commit
         # Of earlier starts, once resumed: a run's cost is that of all of them.
         self.seconds, self.tokens, self.started = 0.0, 0, time.perf_counter()
+        self.parent_weights: str | None = None  # known to rank 0, from `prepare` on
         self.stage: Stage = plugins.registry.build(
             "stage", recipe.stage.name, recipe=recipe, registry=plugins.registry
         )
@@ -58,9 +59,7 @@ class Trainer:
         changed since the checkpoint, and whatever the data raises.
         """
         if is_finished(self.recipe.path):
-            check_same(
-                read_summary(self.recipe.path)["recipe"], self.recipe, f"finished run {self.recipe.path}"
-            )
+            check_finished(self.recipe)
             return
         self.started = time.perf_counter()
         self.prepare()
@@ -93,6 +92,8 @@ class Trainer:
         if self.runtime.is_main:
             self.recipe.path.mkdir(parents=True, exist_ok=True)
             (self.recipe.path / RECIPE_FILE).write_text(self.recipe.to_yaml())
+            # Before it is read: a parent that changes meanwhile is then noticed.
+            self.parent_weights = weights_hash(parent_of(self.recipe))
         torch.manual_seed(self.recipe.seed)
         self.module, self.processor = self.stage.build()
         self.stage.processor = self.processor
@@ -109,6 +110,8 @@ class Trainer:
         if found:
             state = checkpoint.read_state(found[-1])
             check_same(state["recipe"], self.recipe, f"checkpoint {found[-1]}")
+            recorded = state.get("parent_weights")
+            check_parent(recorded, self.parent_weights, self.recipe, f"checkpoint {found[-1]}")
             checkpoint.load(found[-1], self.weights.masters, self.optimizers)
             self.weights.publish()
             self._warn_of_other_plugins(state["plugins"])
@@ -212,6 +215,7 @@ class Trainer:
                 "tokens": self.tokens,
                 "recipe": self.run_info.recipe,
                 "plugins": self.plugins.versions,
+                "parent_weights": self.parent_weights,
             }
             keep = self.recipe.train.keep_checkpoints
             path = checkpoint.save(self.checkpoints, step, self.weights.masters, self.optimizers, state, keep)
