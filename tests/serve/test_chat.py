@@ -153,12 +153,24 @@ def test_loading_gives_an_eval_model_with_sdpa(checkpoint, model):
 def test_a_released_checkpoint_with_a_processor_beside_it(tmp_path, processor):
     folder = tmp_path / "released"
     shutil.copytree(Path(__file__).parents[1] / "golden" / "hovle-tiny", folder)
-    with pytest.raises(ValueError, match="has no processor"):
+    with pytest.raises(ValueError, match="cannot load .*holds no tokenizer"):
         load(str(folder))
     processor.save_pretrained(folder)
     model, loaded = load(str(folder))
     assert model.config._attn_implementation == "sdpa"
     assert list(ChatSession(model, loaded, sampling=Sampling(max_new_tokens=4)).ask("hi"))
+
+
+def test_a_released_checkpoint_with_its_own_tokenizer(tmp_path, checkpoint, model, processor):
+    assert main(["convert", str(checkpoint), str(tmp_path / "released"), "--to", "released"]) == 0
+    assert not (tmp_path / "released" / "processor_config.json").exists()
+    released, loaded = load(str(tmp_path / "released"))
+    released.generation_config.suppress_tokens = model.generation_config.suppress_tokens
+    session, original = (
+        ChatSession(m, p, sampling=Sampling(max_new_tokens=6))
+        for m, p in ((released, loaded), (model, processor))
+    )
+    assert list(session.ask("hi")) == list(original.ask("hi"))
 
 
 # ---- one answer ------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import PROCESSOR_NAME
 
 from hovle_core.config import HovleConfig
 from hovle_core.hub import HUB_ARGUMENTS, local_folder
@@ -81,13 +82,14 @@ class HovleProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "HovleProcessor":
         """As transformers', for a folder or hub id in our format or the released one.
 
+        One that was saved beside released weights comes before what the released files say.
         Raises FileNotFoundError, saying what to do, where there is no such folder, repository or tokenizer.
         """
         from hovle_core.official_processor import processor_from_released  # which makes processors
 
         hub = {argument: kwargs.pop(argument) for argument in HUB_ARGUMENTS if argument in kwargs}
         folder = local_folder(pretrained_model_name_or_path, weights=False, **hub)
-        if not is_released(folder):
+        if not is_released(folder) or (folder / PROCESSOR_NAME).is_file():
             return super().from_pretrained(folder, **kwargs)
         if kwargs:
             raise ValueError(f"unknown arguments {sorted(kwargs)} for the processor of a released checkpoint")

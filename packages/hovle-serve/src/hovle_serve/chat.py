@@ -139,7 +139,8 @@ def _check_is_hovle(checkpoint: str) -> None:
             f"{checkpoint!r} is a plain {model_type!r} model without a holistic embedding and a processor, so it "
             "cannot be talked to; give a run or checkpoint of distillation, alignment or instruction_tuning"
         )
-    if _file(checkpoint, PROCESSOR_FILE) is None:
+    # A released checkpoint says in its own files what its processor is.
+    if model_type == HovleConfig.model_type and _file(checkpoint, PROCESSOR_FILE) is None:
         raise ValueError(
             f"{checkpoint!r} has no processor ({PROCESSOR_FILE} and a tokenizer): save one beside the model with "
             "HovleProcessor(...).save_pretrained"
