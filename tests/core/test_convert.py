@@ -197,6 +197,14 @@ def test_small_files_come_back_as_they_were(own, tmp_path):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes(), name
 
 
+def test_null_is_not_our_default():
+    released = json.loads((GOLDEN / "hovle-tiny" / "config.json").read_text())
+    released["embedding_config"]["num_key_value_heads"] = (
+        None  # as many as heads; our default is the released model's 8
+    )
+    assert config_from_released(released).embedding_config.num_key_value_heads == 4
+
+
 def test_config_goes_back_with_what_has_changed_since(tmp_path):
     original = json.loads((GOLDEN / "hovle-tiny" / "config.json").read_text())
     original["llm_config"]["rope_scaling"] = {"type": "dynamic", "factor": 2.0}

@@ -119,7 +119,7 @@ def _kept(
     """The fields of `released` that the config class itself has. Dumps of transformers 4 hold dozens of others."""
     known = (own_fields(config_class) | set(_OLD_ROPE)) - {"layer_types"}
     renamed = {names.get(name, name): value for name, value in released.items()}
-    return {name: value for name, value in renamed.items() if name in known and value is not None}
+    return {name: value for name, value in renamed.items() if name in known}
 
 
 def own_fields(config_class: type[PreTrainedConfig]) -> set[str]:
