@@ -59,6 +59,12 @@ MINIMAL = {
             "optim: decay_share 0.5 does nothing with schedule 'cosine'.* set schedule: wsd",
         ),
         (
+            {"optim": {"lr": 1, "schedule": "wsd", "restarts": [1]}},
+            "restarts \\[1\\] does nothing with schedule 'wsd'",
+        ),
+        ({"optim": {"lr": 1, "restarts": [5, 3]}}, "restarts \\[5, 3\\] must ascend"),
+        ({"optim": {"lr": 1, "restarts": [3]}}, "restarts \\[3\\] are not all before train.steps 1"),
+        (
             {"resources": {"accelerator_type": "A100"}},
             "resources: accelerator_type 'A100' does nothing with use_gpu: false.* set use_gpu: true",
         ),

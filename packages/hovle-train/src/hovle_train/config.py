@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -124,15 +125,24 @@ class OptimConfig(Section):
     decay_share: float = Field(0.2, gt=0, le=1)
     # The cosine ends at this share of the peak.
     min_lr_share: float = Field(0.0, ge=0, le=1)
+    # Steps at which the cosine starts anew at the peak (SGDR, Loshchilov & Hutter 2017), such as those of a curriculum.
+    restarts: list[int] = []
 
     @model_validator(mode="after")
     def _schedule_reads_them(self) -> "OptimConfig":
-        for name, schedule in (("decay_share", "wsd"), ("min_lr_share", "cosine")):
+        for name, schedule in (("decay_share", "wsd"), ("min_lr_share", "cosine"), ("restarts", "cosine")):
             if self.schedule != schedule and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
                     f"{name} {getattr(self, name)} does nothing with schedule {self.schedule!r}: leave it out, or set "
                     f"schedule: {schedule}"
                 )
+        if (
+            self.restarts != sorted(set(self.restarts))
+            or min(self.restarts, default=math.inf) <= self.warmup_steps
+        ):
+            raise ValueError(
+                f"restarts {self.restarts} must ascend, all after warmup_steps {self.warmup_steps}"
+            )
         return self
 
 
@@ -187,13 +197,18 @@ class Recipe(Section):
     observers: ObserversConfig = ObserversConfig()
 
     @model_validator(mode="after")
-    def _curricula_end_in_time(self) -> "Recipe":
+    def _changes_come_in_time(self) -> "Recipe":
         for source in (*self.data.sources, *self.data.images, *self.data.texts):
             if isinstance(source.weight, dict) and max(source.weight) >= self.train.steps:
                 raise ValueError(
                     f"weight of {source.path} changes at step {max(source.weight)}, and train.steps is "
                     f"{self.train.steps}: it would never be reached"
                 )
+        if max(self.optim.restarts, default=0) >= self.train.steps:
+            raise ValueError(
+                f"optim.restarts {self.optim.restarts} are not all before train.steps {self.train.steps}: the last "
+                "would never be reached"
+            )
         return self
 
     @property
