@@ -36,7 +36,7 @@ PICTURE_SETS = {
     *("images", "captions", "captions_flags"),
     *("vqa_open", "vqa_yes_no", "vqa_negated", "vqa_emoji", "vqa_flags"),
 }
-CHAT_SETS = {"chat_text", "chat_open", "chat_yes_no", "chat_negated"}
+CHAT_SETS = {"chat_text", "chat_open", "chat_skewed", "chat_yes_no", "chat_negated"}
 
 
 @pytest.fixture(scope="session")
@@ -528,6 +528,7 @@ def test_the_whole_preparation_has_the_documented_counts(tmp_path: Path) -> None
         "text_captions": 4853,
         "chat_text": 5684,
         "chat_open": 9753,
+        "chat_skewed": 8970,
         "chat_yes_no": 4711,
         "chat_negated": 4698,
         "captions": 4853,

@@ -22,7 +22,7 @@ def test_schedules():
     wsd = OptimConfig(lr=1, schedule="wsd", decay_share=0.2)
     assert [lr_share(wsd, step, 100) for step in (0, 79, 80, 90)] == pytest.approx([1, 1, 1, 0.5])
     assert lr_share(OptimConfig(lr=1, schedule="constant"), 99, 100) == 1
-    again = OptimConfig(lr=1, warmup_steps=4, restarts=[24, 44])
+    again = OptimConfig(lr=1, warmup_steps=4, restarts=[0.4, 0.733])
     steps = (3, 4, 14, 24, 34, 43, 44, 52)
     expected = [1, 1, 0.5, 1, 0.5, 0.006, 1, 0.5]
     assert [lr_share(again, step, 60) for step in steps] == pytest.approx(expected, abs=1e-3)

@@ -15,8 +15,9 @@ def lr_share(config: OptimConfig, step: int, steps: int) -> float:
     """The learning rate of 0-based `step` as a share of its peak."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    start = max(at for at in (config.warmup_steps, *config.restarts) if at <= step)
-    end = min((at for at in config.restarts if at > step), default=steps)
+    restarts = [round(share * steps) for share in config.restarts]
+    start = max(at for at in (config.warmup_steps, *restarts) if at <= step)
+    end = min((at for at in restarts if at > step), default=steps)
     progress = (step - start) / max(1, end - start)
     if config.schedule == "cosine":
         return config.min_lr_share + (1 - config.min_lr_share) * 0.5 * (1 + math.cos(math.pi * progress))

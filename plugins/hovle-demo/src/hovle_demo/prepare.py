@@ -17,7 +17,7 @@ from hovle_demo.sources import load_sources
 from hovle_demo.tokenizer import sample_texts, save_tokenizer
 
 # Raise this with every change that gives other samples or another tokenizer: prepared folders are then made anew.
-CODE_VERSION = 5
+CODE_VERSION = 6
 
 SETS = (*TRAIN_SETS, *HELD_OUT_SETS)
 # The tokenizer learns from training text only.

@@ -11,6 +11,7 @@ from hovle_demo.sources import Sources
 from hovle_demo.split import Split, rank
 
 NUM_DISTRACTORS = 9
+NUM_SKEWED = 10_000  # of 28,407; more than a run draws
 LINES_A_SAMPLE = 12  # questions and names are short; a dozen lines are about as long as a paragraph
 
 # What trains, and what is only ever looked at by the evaluation.
@@ -20,6 +21,7 @@ TRAIN_SETS = (
     "text_captions",
     "chat_text",
     "chat_open",
+    "chat_skewed",
     "chat_yes_no",
     "chat_negated",
     "captions",
@@ -44,16 +46,19 @@ def build_sets(sources: Sources, seed: int) -> dict[str, list[Sample]]:
     """All sets by name. Every key is unique over all of them; meta says source and concept or country."""
     open_questions = _open(sources.easy_train.questions)
     # Balanced, "the picture has it" and "the question is negated" say nothing each alone about the answer. Learning
-    # both at once stalls, so the two kinds are sets of their own, and recipes show more of the plain ones.
+    # both at once stalls, so the two kinds are sets of their own; the skewed set has some of both as the author asks.
     balanced = balance_yes_no(sources.easy_train.questions, seed)
     plain = [question for question in balanced if not question.is_negated]
     negated = [question for question in balanced if question.is_negated]
+    asked = _yes_no(sources.easy_train.questions)
+    skewed = sorted(asked, key=lambda question: rank(seed, "skewed", question.number))[:NUM_SKEWED]
     return {
         "images": list(_images(sources)),
         "text": [*_prose(sources, "train"), *_lines(sources, seed)],
         "text_captions": list(_text_captions(sources)),
         "chat_text": list(_chat_text(sources, seed)),
         "chat_open": list(_chat_easy_vqa("chat-open", sources, open_questions)),
+        "chat_skewed": list(_chat_easy_vqa("chat-skewed", sources, skewed)),
         "chat_yes_no": list(_chat_easy_vqa("chat-yesno", sources, plain)),
         "chat_negated": list(_chat_easy_vqa("chat-negated", sources, negated)),
         "captions": list(_captions(sources)),
@@ -68,12 +73,7 @@ def build_sets(sources: Sources, seed: int) -> dict[str, list[Sample]]:
         "emoji_val": list(_ranking(sources, "val", seed)),
         "emoji_test": list(_ranking(sources, "test", seed)),
         "vqa_test_open": _easy_vqa("vqa-test-open", sources, "test", _open(sources.easy_test.questions)),
-        "vqa_test_yes_no": _easy_vqa(
-            "vqa-test-yesno",
-            sources,
-            "test",
-            [question for question in sources.easy_test.questions if not question.is_open],
-        ),
+        "vqa_test_yes_no": _easy_vqa("vqa-test-yesno", sources, "test", _yes_no(sources.easy_test.questions)),
     }
 
 
@@ -229,6 +229,10 @@ def _vqa_flags(sources: Sources) -> Iterator[Sample]:
 
 def _open(questions: Iterable[Question]) -> list[Question]:
     return [question for question in questions if question.is_open]
+
+
+def _yes_no(questions: Iterable[Question]) -> list[Question]:
+    return [question for question in questions if not question.is_open]
 
 
 def _pair(key: str, picture: Picture, text: str, meta: dict[str, Any]) -> Sample:

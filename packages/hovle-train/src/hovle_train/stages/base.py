@@ -102,10 +102,14 @@ class Stage(ABC):
         return Mixture(opened, seed=self.recipe.seed)
 
     def _weight(self, source: Source) -> Weight:
-        """A recipe counts a curriculum in steps, a mixture in positions."""
+        """A recipe counts a curriculum in shares of the run, a mixture in positions."""
         if not isinstance(source.weight, dict):
             return source.weight
-        return {step * self.recipe.train.global_batch_size: weight for step, weight in source.weight.items()}
+        train = self.recipe.train
+        return {
+            round(share * train.steps) * train.global_batch_size: weight
+            for share, weight in sorted(source.weight.items())
+        }
 
 
 class NextTokenStage(Stage):
