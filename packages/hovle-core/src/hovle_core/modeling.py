@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hovle_core import attention
 from hovle_core.attention import Packing
+from hovle_core.cache import grow_in_place
 from hovle_core.config import HolisticEmbeddingConfig, HovleConfig
 from hovle_core.fusion import Expansion, expand_placeholders
 from hovle_core.holistic_embedding import HolisticEmbedding
@@ -229,7 +230,10 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
-        blocks_cache, llm_cache = (None, None) if past_key_values is None else self._split(past_key_values)
+        blocks_cache = llm_cache = None
+        if past_key_values is not None:
+            grow_in_place(past_key_values)
+            blocks_cache, llm_cache = self._split(past_key_values)
         position_ids = self._positions(input_ids, attention_mask, position_ids, llm_cache)
         packing = (
             Packing.from_position_ids(position_ids)

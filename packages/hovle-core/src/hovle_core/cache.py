@@ -1,0 +1,81 @@
+"""A key-value cache that appends in place: a step of `generate` costs its own token, not a copy of all before it.
+
+Shapes: B batch, K key-value heads, T cached tokens, C tokens there is room for, d head size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+# Room is made for this share of the tokens cached so far, so that n steps copy O(n) tokens in all.
+GROWTH = 0.25
+SMALLEST_GROWTH = 128
+
+
+class GrowingLayer(DynamicLayer):
+    """transformers' DynamicLayer without its `torch.cat` a step.
+
+    `keys` and `values [B, K, T, d]` are views of the first T tokens of buffers `[B, K, C, d]`. What else transformers
+    does to a layer (reorder, crop, repeat, offload) replaces the views; the next `update` notices and takes new
+    buffers. Where gradients flow it concatenates as ever: a tensor in the graph must not be written to.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append `[B, K, new, d]`; returns all keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if torch.is_grad_enabled() and any(
+            x.requires_grad for x in (self.keys, self.values, key_states, value_states)
+        ):
+            return super().update(key_states, value_states, *args, **kwargs)
+        past = self.get_seq_length()
+        length = past + key_states.shape[-2]
+        if self._buffers is None or not self._fits(length):
+            self._buffers = (
+                self._grown(self.keys, key_states, past),
+                self._grown(self.values, value_states, past),
+            )
+        keys, values = self._buffers
+        keys[:, :, past:length] = key_states
+        values[:, :, past:length] = value_states
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        super().reset()
+        self._buffers = None
+
+    def _fits(self, length: int) -> bool:
+        """Whether `keys` and `values` still are the buffers' first tokens, with room for `length`."""
+        assert self._buffers is not None
+        return length <= self._buffers[0].shape[2] and all(
+            view.data_ptr() == buffer.data_ptr()
+            and view.stride() == buffer.stride()
+            and buffer.is_inference() == torch.is_inference_mode_enabled()  # else it must not be written to
+            for view, buffer in zip((self.keys, self.values), self._buffers, strict=True)
+        )
+
+    @staticmethod
+    def _grown(cached: Tensor, new: Tensor, past: int) -> Tensor:
+        B, K, T, d = new.shape
+        room = max(SMALLEST_GROWTH, int((past + T) * GROWTH))
+        buffer = new.new_empty(B, K, past + T + room, d)
+        if past:
+            buffer[:, :, :past] = cached
+        return buffer
+
+
+def grow_in_place(cache: Cache) -> None:
+    """Exchange the empty DynamicLayers of a cache for GrowingLayers; other kinds (sliding, static, quantised) stay."""
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and not layer.is_initialized:
+            cache.layers[i] = GrowingLayer()
