@@ -1,5 +1,6 @@
 """Opening picture files; what decoding does to them is tested with the data package (tests/data/test_decode.py)."""
 
+import io
 import os
 import threading
 
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from hovle_core import images
-from hovle_core.images import ImageError, open_image
+from hovle_core.images import ImageError, decode_image, image_size, open_image
 
 
 def test_a_picture_is_upright_and_on_white(tmp_path):
@@ -50,3 +51,39 @@ def test_failures_name_the_file_and_the_reason(tmp_path, monkeypatch):
         with pytest.raises(ImageError, match=reason) as caught:
             open_image(f"{tmp_path}/{name}")
         assert repr(f"{tmp_path}/{name}") in str(caught.value)
+
+
+@pytest.mark.parametrize("orientation", [None, 3, 6, 8])
+@pytest.mark.parametrize("at_least", [(800, 600), (400, 300), (399, 299), (100, 75), (90, 75), (5, 5)])
+def test_a_jpeg_is_decoded_no_larger_than_needed(orientation, at_least):
+    """Down to an eighth, never below what is needed, upright, and the same picture."""
+    width, height = (600, 800) if orientation in (6, 8) else (800, 600)
+    upright = Image.radial_gradient("L").resize((800, 600)).convert("RGB")
+    upright.paste("red", (0, 0, 200, 150))
+    exif = Image.Exif()
+    stored = upright
+    if orientation is not None:
+        exif[0x0112] = orientation
+        back = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+        stored = upright.transpose(back[orientation])
+    assert stored.size == (width, height)
+    file = io.BytesIO()
+    stored.save(file, "JPEG", exif=exif, quality=95)
+    data = file.getvalue()
+    assert image_size(data) == (800, 600)
+    assert decode_image(data).size == (800, 600)
+    scale = {(400, 300): 2, (399, 299): 2, (100, 75): 8, (90, 75): 8, (5, 5): 8}.get(at_least, 1)
+    image = decode_image(data, at_least=at_least)
+    assert image.size == (800 // scale, 600 // scale)
+    expected = np.asarray(upright.reduce(scale) if scale > 1 else upright, np.float32)
+    assert np.abs(np.asarray(image, np.float32) - expected).mean() < 3
+
+
+def test_only_jpegs_are_scaled_and_headers_are_checked(tmp_path):
+    Image.new("RGB", (80, 60)).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    assert decode_image(data, at_least=(10, 10)).size == (80, 60)
+    with pytest.raises(ImageError, match="too large: 80x60"):
+        image_size(data, max_pixels=100)
+    with pytest.raises(ImageError, match="not a known image format"):
+        image_size(b"no picture")

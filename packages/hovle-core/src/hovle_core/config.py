@@ -7,13 +7,16 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 PIXEL_SHUFFLE_LOCATIONS = ("pre", "post")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class HolisticEmbeddingConfig(PreTrainedConfig):
     """The stack of causal blocks that turns patches and text tokens into `inputs_embeds` (paper, section 3.1).
 
     Defaults are the released HoVLE's. `pixel_shuffle_loc="pre"` shuffles patches before the blocks (HoVLE),
-    `"post"` after them (HoVLE-HD). `image_size` is the side of a tile in pixels.
+    `"post"` after them (HoVLE-HD). `image_size` is the side of a tile in pixels. `image_mean` and `image_std`
+    normalise tiles that arrive as uint8 (`HovleImageProcessor(do_normalize=False)`).
 
     Raises ValueError when the sizes cannot fit together (heads, patches, shuffle).
     """
@@ -43,6 +46,8 @@ class HolisticEmbeddingConfig(PreTrainedConfig):
     image_size: int = 448
     downsample_ratio: float = 0.5
     pixel_shuffle_loc: str = "pre"
+    image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
+    image_std: list[float] | tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:

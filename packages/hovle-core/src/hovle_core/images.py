@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # Pillow tries every format it knows, also ones that start other programs (EPS) or read other files; these do
 # neither.
@@ -20,14 +22,35 @@ class ImageError(ValueError):
     """A picture that cannot be used. The message is "category" or "category: details"."""
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, at_least: tuple[int, int] | None = None
+) -> Image.Image:
     """Decode one picture to mode RGB.
 
     EXIF orientation is applied, transparency is laid on white, 16 bits are scaled to 8, palette and CMYK are
     converted, of an animation the first frame is taken; only the bytes are looked at, no name or suffix.
+    `at_least`: (width, height) of the upright picture that suffice; a JPEG then comes at the smallest of 1, 1/2, 1/4
+    and 1/8 of its size that covers them, which costs a fraction of decoding it whole.
     Everything that hinders this (zero bytes, not a picture, truncated, more than `max_pixels` by its header)
     raises `ImageError`.
     """
+    with _opened(data, max_pixels) as image:
+        if at_least is not None:
+            image.draft(None, at_least[::-1] if _lies_on_its_side(image) else at_least)
+        image.load()  # of an animation this is the first frame
+        ImageOps.exif_transpose(image, in_place=True)
+        return _flatten(image)
+
+
+def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) of the upright picture, from its header alone. Raises as `decode_image`."""
+    with _opened(data, max_pixels) as image:
+        return image.size[::-1] if _lies_on_its_side(image) else image.size
+
+
+@contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """The picture, not decoded yet; whatever goes wrong with it in the block is an `ImageError`."""
     if not data:
         raise ImageError("empty image file")
     try:
@@ -35,8 +58,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             width, height = image.size
             if width * height > max_pixels:  # from the header: nothing is decoded yet
                 raise ImageError(f"image too large: {width}x{height} pixels > max_pixels {max_pixels}")
-            image.load()  # of an animation this is the first frame
-            return _flatten(ImageOps.exif_transpose(image))
+            yield image
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -47,6 +69,11 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         Exception
     ) as error:  # on hostile bytes a decoder raises anything: OSError, SyntaxError, struct.error, ...
         raise ImageError(f"image does not decode: {type(error).__name__}: {error}") from error
+
+
+def _lies_on_its_side(image: Image.Image) -> bool:
+    """Whether EXIF orientation exchanges width and height."""
+    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
 def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -82,7 +109,7 @@ def _flatten(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert copies even where nothing changes
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:

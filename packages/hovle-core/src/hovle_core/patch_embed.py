@@ -3,11 +3,19 @@
 Shapes: N tiles, S tile side in pixels, P patches a tile (S / patch_size, squared), D hidden size, s shuffle factor.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hovle_core.config import HolisticEmbeddingConfig
+
+
+def normalize_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 `[N, 3, S, S]` -> float32 of the same shape, `(pixels / 255 - mean) / std` a channel."""
+    mean, std = (torch.tensor(x, device=pixels.device).view(-1, 1, 1) * 255 for x in (mean, std))
+    return (pixels.float() - mean) / std
 
 
 def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
@@ -42,6 +50,8 @@ class PixelShuffleProjection(nn.Sequential):
 class PatchEmbed(nn.Module):
     """Convolution into patches plus a learned position a patch: `[N, 3, S, S] -> [N, P, D]`.
 
+    Tiles are normalised already, or uint8 as they were cut: those are normalised here, on this device.
+
     `position_embedding` has a slot 0 for a class token, and there is a `class_embedding`; the released model
     carries both and uses neither, and so do we, so that checkpoints convert tensor for tensor. The class
     embedding is a buffer: nothing trains it.
@@ -50,6 +60,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: HolisticEmbeddingConfig):
         super().__init__()
         self.patches_per_side = config.patches_per_side
+        self.image_mean, self.image_std = config.image_mean, config.image_std
         self.patch_embedding = nn.Conv2d(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
@@ -69,5 +80,7 @@ class PatchEmbed(nn.Module):
         return grid.flatten(2).transpose(1, 2).to(table.dtype)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalize_pixels(pixel_values, self.image_mean, self.image_std)
         x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # [N, D, rows, columns]
         return x.flatten(2).transpose(1, 2) + self.positions(x.shape[2], x.shape[3])

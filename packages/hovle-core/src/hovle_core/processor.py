@@ -155,7 +155,8 @@ class HovleProcessor(ProcessorMixin):
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def batch(self, samples: Sequence[Encoded], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Left-padded inputs `input_ids, attention_mask [B, T]` and `pixel_values [N, 3, S, S]` for `generate`."""
+        """Left-padded inputs `input_ids, attention_mask [B, T]` and `pixel_values [N, 3, S, S]` for `generate`, these
+        normalised on `device` or left uint8 for the model to do (`HovleImageProcessor.do_normalize`)."""
         pad = (
             self.tokenizer.pad_token_id
             if self.tokenizer.pad_token_id is not None
@@ -171,7 +172,7 @@ class HovleProcessor(ProcessorMixin):
         tiles = [sample.tiles for sample in samples if len(sample.tiles)]
         if tiles:
             stacked = torch.from_numpy(np.concatenate(tiles)).permute(0, 3, 1, 2).to(device)
-            inputs["pixel_values"] = self.image_processor.normalize(stacked)
+            inputs["pixel_values"] = self.image_processor.pixel_values(stacked)
         return inputs
 
     # ---- transformers' own call --------------------------------------------------------------------------------
