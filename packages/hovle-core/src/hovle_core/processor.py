@@ -7,11 +7,8 @@ any other special token, stays text.
 Shapes: T tokens, N tiles, S tile side in pixels, P image tokens a tile.
 """
 
-import re
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +24,10 @@ from hovle_core.hub import HUB_ARGUMENTS, local_folder
 from hovle_core.image_processor import HovleImageProcessor
 from hovle_core.losses import IGNORE_INDEX
 from hovle_core.official import is_released
+from hovle_core.rendering import Message, Rendering, text_ids
 
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
-
-Message = Mapping[str, Any]
-# What stands in a rendered prompt for a picture or a spelled-out special token.
-_MARK = re.compile(r"\[\[(?:picture|literal) (?P<nonce>[0-9a-f]{16})(?: (?P<number>\d+))?\]\]")
 
 
 @dataclass
@@ -111,7 +105,7 @@ class HovleProcessor(ProcessorMixin):
         Raises ValueError if the counts of images and image parts differ, or if the chat template rewrites earlier
         turns when later ones come (answers could then not be told from prompts).
         """
-        rendering = _Rendering(self, messages)
+        rendering = Rendering(self.tokenizer, messages, self.chat_template)
         tiles = [self.image_processor.tiles(image) for image in images]
         if len(tiles) != rendering.num_images:
             raise ValueError(
@@ -120,9 +114,9 @@ class HovleProcessor(ProcessorMixin):
             )
         ids: list[int] = []
         labels: list[int] = []
-        counts = iter([len(t) for t in tiles])
+        pictures = iter([self._picture(len(t)) for t in tiles])
         for text, is_target in rendering.segments(add_generation_prompt):
-            segment = rendering.tokenize(text, counts)
+            segment = rendering.tokenize(text, pictures)
             ids += segment
             labels += self._answer_labels(segment) if is_target else [IGNORE_INDEX] * len(segment)
         return self._encoded(ids, labels, tiles)
@@ -152,7 +146,7 @@ class HovleProcessor(ProcessorMixin):
 
     def text_ids(self, text: str) -> list[int]:
         """Plain text -> token ids; spelled-out special tokens stay text."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return text_ids(self.tokenizer, text)
 
     def batch(self, samples: Sequence[Encoded], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Left-padded inputs `input_ids, attention_mask [B, T]` and `pixel_values [N, 3, S, S]` for `generate`, these
@@ -232,96 +226,6 @@ class HovleProcessor(ProcessorMixin):
         size = self.image_processor.tile_size
         stacked = np.concatenate(tiles) if tiles else np.zeros((0, size, size, 3), np.uint8)
         return Encoded(np.asarray(ids, np.int64), np.asarray(labels, np.int64), stacked)
-
-    @cached_property
-    def _special(self) -> re.Pattern:
-        return re.compile(
-            "|".join(re.escape(token) for token in sorted(self.tokenizer.all_special_tokens, key=len))
-        )
-
-
-class _Rendering:
-    """Messages through the chat template, with pictures and spelled-out special tokens behind one-time marks."""
-
-    def __init__(self, processor: HovleProcessor, messages: Sequence[Message]):
-        self.processor = processor
-        self.num_images = 0
-        self.nonce = secrets.token_hex(8)
-        self.image_mark, self.literal_mark = f"[[picture {self.nonce}]]", f"[[literal {self.nonce} %d]]"
-        self.literals: list[str] = []
-        self.messages = [{**message, "content": self._content(message["content"])} for message in messages]
-
-    def _content(self, content: str | Sequence[Mapping[str, str]]) -> str:
-        if isinstance(content, str):
-            return self._text(content)
-        out = []
-        for part in content:
-            if part["type"] == "image":
-                self.num_images += 1
-                out.append(self.image_mark)
-            elif part["type"] == "text":
-                out.append(self._text(part["text"]))
-            else:
-                raise ValueError(
-                    f"content part type {part['type']!r} is not known; known are 'image' and 'text'"
-                )
-        return "\n".join(out)
-
-    def _text(self, text: str) -> str:
-        def mark(match: re.Match) -> str:
-            self.literals.append(match.group())
-            return self.literal_mark % (len(self.literals) - 1)
-
-        return self.processor._special.sub(mark, text)
-
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        return self.processor.tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            chat_template=self.processor.chat_template,
-        )
-
-    def segments(self, add_generation_prompt: bool) -> list[tuple[str, bool]]:
-        """The rendered conversation as (text, is it an answer) pieces in order."""
-        pieces, done = [], ""
-        for i, message in enumerate(self.messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._render(self.messages[:i], add_generation_prompt=True)
-            answer = self._render(self.messages[: i + 1], add_generation_prompt=False)
-            if not prompt.startswith(done) or not answer.startswith(prompt):
-                raise ValueError(
-                    "the chat template rewrites earlier turns, so answers cannot be told from prompts"
-                )
-            pieces += [(prompt[len(done) :], False), (answer[len(prompt) :], True)]
-            done = answer
-        if add_generation_prompt or not pieces or self.messages[-1]["role"] != "assistant":
-            rest = self._render(self.messages, add_generation_prompt)
-            if not rest.startswith(done):
-                raise ValueError(
-                    "the chat template rewrites earlier turns, so answers cannot be told from prompts"
-                )
-            pieces.append((rest[len(done) :], False))
-        return pieces
-
-    def tokenize(self, text: str, tile_counts: Iterator[int]) -> list[int]:
-        """A rendered piece -> ids, pictures placed by id and literals as plain text."""
-        ids: list[int] = []
-        position = 0
-        for match in _MARK.finditer(text):
-            if match["nonce"] != self.nonce:
-                continue  # text that only looks like a mark
-            ids += self._plain(text[position : match.start()])
-            position = match.end()
-            if match.group() == self.image_mark:
-                ids += self.processor._picture(next(tile_counts))
-            else:
-                ids += self.processor.text_ids(self.literals[int(match["number"])])
-        return ids + self._plain(text[position:])
-
-    def _plain(self, text: str) -> list[int]:
-        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -13,7 +13,8 @@ from transformers.utils.hub import cached_file
 from hovle_core.config import HovleConfig
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.official import RELEASED_MODEL_TYPE
-from hovle_core.processor import HovleProcessor, Message
+from hovle_core.processor import HovleProcessor
+from hovle_core.rendering import Message
 from hovle_core.runs import latest_checkpoint
 from hovle_serve.sampling import Sampling
 from hovle_serve.stream import max_answer_tokens, stream_answer

@@ -1,0 +1,120 @@
+"""A conversation through its chat template, so that neither pictures nor typed special tokens depend on the template.
+
+What stands for a picture, and text that spells a special token, go through it behind one-time marks and are put back as
+token ids.
+"""
+
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, Any]
+# What stands in a rendered prompt for a picture or a spelled-out special token.
+_MARK = re.compile(r"\[\[(?:picture|literal) (?P<nonce>[0-9a-f]{16})(?: (?P<number>\d+))?\]\]")
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Plain text -> token ids; spelled-out special tokens stay text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+@lru_cache(maxsize=16)
+def _any_of(tokens: tuple[str, ...]) -> re.Pattern:
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len)))
+
+
+class Rendering:
+    """Messages (transformers style) with marks in them; `num_images` counts their image parts.
+
+    Raises ValueError for a content part that is neither text nor image.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat_template: str | None
+    ):
+        self.tokenizer, self.chat_template = tokenizer, chat_template
+        self.special = _any_of(tuple(tokenizer.all_special_tokens))
+        self.num_images = 0
+        self.nonce = secrets.token_hex(8)
+        self.image_mark, self.literal_mark = f"[[picture {self.nonce}]]", f"[[literal {self.nonce} %d]]"
+        self.literals: list[str] = []
+        self.messages = [{**message, "content": self._content(message["content"])} for message in messages]
+
+    def _content(self, content: str | Sequence[Mapping[str, str]]) -> str:
+        if isinstance(content, str):
+            return self._text(content)
+        out = []
+        for part in content:
+            if part["type"] == "image":
+                self.num_images += 1
+                out.append(self.image_mark)
+            elif part["type"] == "text":
+                out.append(self._text(part["text"]))
+            else:
+                raise ValueError(
+                    f"content part type {part['type']!r} is not known; known are 'image' and 'text'"
+                )
+        return "\n".join(out)
+
+    def _text(self, text: str) -> str:
+        def mark(match: re.Match) -> str:
+            self.literals.append(match.group())
+            return self.literal_mark % (len(self.literals) - 1)
+
+        return self.special.sub(mark, text)
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=self.chat_template,
+        )
+
+    def segments(self, add_generation_prompt: bool) -> list[tuple[str, bool]]:
+        """The rendered conversation as (text, is it an answer) pieces in order.
+
+        Raises ValueError if the template rewrites earlier turns when later ones come.
+        """
+        pieces, done = [], ""
+        for i, message in enumerate(self.messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._render(self.messages[:i], add_generation_prompt=True)
+            answer = self._render(self.messages[: i + 1], add_generation_prompt=False)
+            if not prompt.startswith(done) or not answer.startswith(prompt):
+                raise ValueError(
+                    "the chat template rewrites earlier turns, so answers cannot be told from prompts"
+                )
+            pieces += [(prompt[len(done) :], False), (answer[len(prompt) :], True)]
+            done = answer
+        if add_generation_prompt or not pieces or self.messages[-1]["role"] != "assistant":
+            rest = self._render(self.messages, add_generation_prompt)
+            if not rest.startswith(done):
+                raise ValueError(
+                    "the chat template rewrites earlier turns, so answers cannot be told from prompts"
+                )
+            pieces.append((rest[len(done) :], False))
+        return pieces
+
+    def tokenize(self, text: str, pictures: Iterator[list[int]]) -> list[int]:
+        """A rendered piece -> ids; each picture's mark takes the next of `pictures`, literals become plain text."""
+        ids: list[int] = []
+        position = 0
+        for match in _MARK.finditer(text):
+            if match["nonce"] != self.nonce:
+                continue  # text that only looks like a mark
+            ids += self._plain(text[position : match.start()])
+            position = match.end()
+            if match.group() == self.image_mark:
+                ids += next(pictures)
+            else:
+                ids += text_ids(self.tokenizer, self.literals[int(match["number"])])
+        return ids + self._plain(text[position:])
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
