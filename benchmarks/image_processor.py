@@ -1,11 +1,11 @@
 """Photos -> tiles on one core: HovleImageProcessor against what users copy from model cards, and against transformers.
 
-Three photo-like JPEGs, made here: smooth noise of four scales, the finest at one pixel. Peers: the Pillow + torchvision
-code of the InternVL model cards, written from the published algorithm (resize, crop, resize each crop again, ToTensor,
-Normalize), whose pixels are the released ones; and transformers' GotOcr2ImageProcessor, the same tiling on
-torchvision's own resize. "After decoding" starts from an RGB picture in memory, the rest from the bytes of the file. Ours leaves
-tiles uint8: the model normalises them on its device. Every ratio is a peer's median time over ours, by turns in one
-process; where no size is named it is the worst of the three.
+Three photo-like JPEGs, made here: smooth noise of four scales, the finest at one pixel. Peers: the Pillow and
+torchvision code of the InternVL model cards, written from the published algorithm (resize, crop, resize each crop
+again, ToTensor, Normalize), whose pixels are the released ones; and transformers' GotOcr2ImageProcessor, the same
+tiling on torchvision's own resize. "After decoding" starts from an RGB picture in memory, the rest from the bytes of
+the file. Ours leaves tiles uint8: the model normalises them on its device. Every ratio is a peer's median time over
+ours, by turns in one process; where no size is named it is the worst of the three.
 """
 
 import io
