@@ -23,6 +23,9 @@ class GrowingLayer(DynamicLayer):
     buffers. Where gradients flow it concatenates as ever: a tensor in the graph must not be written to.
     """
 
+    keys: Tensor  # None, in transformers' way, until the first update
+    values: Tensor
+
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self._buffers: tuple[Tensor, Tensor] | None = None

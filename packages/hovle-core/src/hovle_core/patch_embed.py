@@ -14,8 +14,8 @@ from hovle_core.config import HolisticEmbeddingConfig
 
 def normalize_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 `[N, 3, S, S]` -> float32 of the same shape, `(pixels / 255 - mean) / std` a channel."""
-    mean, std = (torch.tensor(x, device=pixels.device).view(-1, 1, 1) * 255 for x in (mean, std))
-    return (pixels.float() - mean) / std
+    shift, scale = (torch.tensor(x, device=pixels.device).view(-1, 1, 1) * 255 for x in (mean, std))
+    return (pixels.float() - shift) / scale
 
 
 def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
