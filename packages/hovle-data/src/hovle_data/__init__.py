@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hovle_data.packing import PackedBatch, pack
     from hovle_data.pipeline import StepLoader
     from hovle_data.quarantine import Ledger, TooManyBadSamples
+    from hovle_data.rows import RowLoader
     from hovle_data.schema import BadSample, Message, Sample
     from hovle_data.shards import ShardSource, write_shards
     from hovle_data.streams import ConversationStream, PairStream, Stream, TextStream, UnpairedStream
@@ -28,6 +29,7 @@ _MODULES = {
     "packing": ("PackedBatch", "pack"),
     "pipeline": ("StepLoader",),
     "quarantine": ("Ledger", "TooManyBadSamples"),
+    "rows": ("RowLoader",),
     "schema": ("BadSample", "Message", "Sample"),
     "shards": ("ShardSource", "write_shards"),
     "streams": ("ConversationStream", "PairStream", "Stream", "TextStream", "UnpairedStream"),
@@ -43,6 +45,7 @@ __all__ = [
     "PackedBatch",
     "PairStream",
     "Permutation",
+    "RowLoader",
     "Sample",
     "ShardIndex",
     "ShardSource",

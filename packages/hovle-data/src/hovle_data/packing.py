@@ -69,6 +69,14 @@ class _Bin:
     tiles_left: int
     members: list[int] = field(default_factory=list)
 
+    def fits(self, sample: Encoded) -> bool:
+        return self.tokens_left >= len(sample.input_ids) and self.tiles_left >= len(sample.tiles)
+
+    def add(self, i: int, sample: Encoded) -> None:
+        self.tokens_left -= len(sample.input_ids)
+        self.tiles_left -= len(sample.tiles)
+        self.members.append(i)
+
 
 def pack(samples: Sequence[Encoded], max_tokens: int, max_tiles: int) -> list[PackedBatch]:
     """Best fit, longest first: each sample goes where the fewest tokens stay free, within both budgets of a batch.
@@ -77,32 +85,53 @@ def pack(samples: Sequence[Encoded], max_tokens: int, max_tiles: int) -> list[Pa
     them. Raises ValueError naming the sample for one that is empty or by itself over a budget.
     """
     bins: list[_Bin] = []
-    for i in sorted(range(len(samples)), key=lambda i: (-len(samples[i].input_ids), i)):
-        sample = samples[i]
-        tokens, tiles = len(sample.input_ids), len(sample.tiles)
-        if tokens == 0:
-            raise ValueError(f"sample {sample.key}: input_ids is empty; leave it out")
-        if tokens > max_tokens:
-            raise ValueError(
-                f"sample {sample.key}: {tokens} tokens > max_tokens={max_tokens}; raise it or leave it out"
-            )
-        if tiles > max_tiles:
-            raise ValueError(
-                f"sample {sample.key}: {tiles} tiles > max_tiles={max_tiles}; raise it or leave it out"
-            )
-        fitting = [b for b in bins if b.tokens_left >= tokens and b.tiles_left >= tiles]
+    for i in _longest_first(samples):
+        _check(samples[i], max_tokens, max_tiles)
+        fitting = [b for b in bins if b.fits(samples[i])]
         if fitting:
             best = min(fitting, key=lambda b: b.tokens_left)
         else:
             best = _Bin(max_tokens, max_tiles)
             bins.append(best)
-        best.tokens_left -= tokens
-        best.tiles_left -= tiles
-        best.members.append(i)
-    return [_batch([samples[i] for i in sorted(b.members)]) for b in bins]
+        best.add(i, samples[i])
+    return [join([samples[i] for i in sorted(b.members)]) for b in bins]
 
 
-def _batch(samples: Sequence[Encoded]) -> PackedBatch:
+def best_fit(samples: Sequence[Encoded], max_tokens: int, max_tiles: int) -> list[int]:
+    """Which of `samples` make the next row: the first, and beside it ever the longest that still fits both budgets.
+
+    Raises ValueError naming a sample that is empty or by itself over a budget.
+    """
+    for sample in samples:
+        _check(sample, max_tokens, max_tiles)
+    row = _Bin(max_tokens, max_tiles)
+    row.add(0, samples[0])
+    for i in _longest_first(samples):  # what did not fit once will not fit later: one pass is enough
+        if i and row.fits(samples[i]):
+            row.add(i, samples[i])
+    return sorted(row.members)
+
+
+def _longest_first(samples: Sequence[Encoded]) -> list[int]:
+    return sorted(range(len(samples)), key=lambda i: (-len(samples[i].input_ids), i))
+
+
+def _check(sample: Encoded, max_tokens: int, max_tiles: int) -> None:
+    tokens, tiles = len(sample.input_ids), len(sample.tiles)
+    if tokens == 0:
+        raise ValueError(f"sample {sample.key}: input_ids is empty; leave it out")
+    if tokens > max_tokens:
+        raise ValueError(
+            f"sample {sample.key}: {tokens} tokens > max_tokens={max_tokens}; raise it or leave it out"
+        )
+    if tiles > max_tiles:
+        raise ValueError(
+            f"sample {sample.key}: {tiles} tiles > max_tiles={max_tiles}; raise it or leave it out"
+        )
+
+
+def join(samples: Sequence[Encoded]) -> PackedBatch:
+    """Samples side by side in one row, in their order."""
     labels = [sample.labels.copy() for sample in samples]
     for row in labels:
         row[0] = IGNORE_INDEX

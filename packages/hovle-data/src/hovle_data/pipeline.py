@@ -7,11 +7,14 @@ import queue
 import threading
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
+from itertools import count
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from hovle_data.packing import PackedBatch, pack
 
@@ -21,25 +24,124 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class _Gets(Protocol):
+class SampleStream(Protocol):
+    """What loaders read: the sample at a global position, None where it is quarantined."""
+
     def get(self, k: int, /) -> Encoded | None: ...
 
 
-class StepLoader:
-    """Global step s consumes the sample positions s*G ... (s+1)*G - 1 of a stream, G being `global_batch_size`.
+State = dict[str, list[int]]
+"""What a checkpoint keeps of a loader: JSON, and empty where the step says it all."""
 
-    Rank r of W takes the positions s*G + r, s*G + r + W, ... of them, so all ranks together see the same
-    samples for every W, and resuming is starting at another step: there is no state to save. Quarantined
-    samples are left out; a rank may so have fewer samples than another, or none (an empty list), and the loss
-    divides by the global target count.
+Read = Callable[[Iterable[int]], Iterable["Encoded | None"]]
+_Item = tuple[int, list[PackedBatch], State]
+_Produce = Callable[[threading.Event], Iterator[_Item]]
 
-    max_tokens, max_tiles: budgets of one packed batch; a step packs into as many batches as it takes.
-    num_threads: that run `stream.get` at a time, in order. prefetch: steps prepared ahead of the consumer.
+
+class Loader(ABC):
+    """Packed batches step by step for rank `rank` of `world_size`; `steps` says which samples a step has.
+
+    max_tokens, max_tiles: budgets of one packed batch.
+    num_threads: that run `stream.get` at a time; results keep the order of the positions, so their number
+        changes nothing. prefetch: steps prepared ahead of the consumer.
     """
 
     def __init__(
         self,
-        stream: _Gets,
+        stream: SampleStream,
+        max_tokens: int,
+        max_tiles: int,
+        rank: int,
+        world_size: int,
+        num_threads: int,
+        prefetch: int,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} is outside 0..world_size-1={world_size - 1}")
+        if num_threads < 1 or prefetch < 1:
+            raise ValueError(f"num_threads={num_threads} and prefetch={prefetch} must be at least 1")
+        self.stream = stream
+        self.max_tokens = max_tokens
+        self.max_tiles = max_tiles
+        self.rank = rank
+        self.world_size = world_size
+        self.num_threads = num_threads
+        self.prefetch = prefetch
+        self._running: weakref.WeakSet[StepIterator] = weakref.WeakSet()
+
+    @abstractmethod
+    def steps(self, start_step: int, state: State, read: Read) -> Iterator[tuple[list[PackedBatch], State]]:
+        """This rank's batches of start_step, start_step + 1, ... for ever, each with the state to go on behind it.
+
+        state: of all ranks together, as a checkpoint of step start_step - 1 has it; empty at step 0.
+        read: `stream.get` of many positions, in their order.
+        """
+
+    def iterate(
+        self, start_step: int = 0, stop_step: int | None = None, state: State | None = None
+    ) -> StepIterator:
+        """Iterate over (step, batches, data_wait_s) from start_step to stop_step - 1 (None: for ever).
+
+        A thread prepares the steps ahead; data_wait_s is how long the consumer stood waiting for one. An
+        error in the thread is raised here, at the step it belongs to. The thread ends with the last step,
+        with `close()` (also on leaving a `with` block, here or of the loader) and when the iterator is
+        dropped.
+        """
+        produce = partial(self._produce, start_step, stop_step, state or {})
+        iterator = StepIterator(produce, self.prefetch)
+        self._running.add(iterator)
+        return iterator
+
+    def close(self) -> None:
+        """Stop the threads of all iterators that are still running."""
+        for iterator in list(self._running):
+            iterator.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _produce(
+        self, start_step: int, stop_step: int | None, state: State, stopped: threading.Event
+    ) -> Iterator[_Item]:
+        """The producer thread's own loop."""
+        threads = ThreadPoolExecutor(self.num_threads, "hovle-data") if self.num_threads > 1 else None
+
+        def get(k: int) -> Encoded | None:
+            if stopped.is_set():  # closing does not wait for a whole step; nobody sees this error
+                raise _Closed
+            return self.stream.get(k)
+
+        def read(positions: Iterable[int]) -> Iterable[Encoded | None]:
+            return threads.map(get, positions) if threads else map(get, positions)
+
+        with threads or nullcontext():
+            prepared = self.steps(start_step, state, read)
+            for step in count(start_step) if stop_step is None else range(start_step, stop_step):
+                yield step, *next(prepared)
+
+
+class _Closed(Exception):
+    """The consumer is gone."""
+
+
+class StepLoader(Loader):
+    """Global step s consumes the sample positions s*G ... (s+1)*G - 1 of a stream, G being `global_batch_size`.
+
+    Rank r of W takes the positions s*G + r, s*G + r + W, ... of them, so all ranks together see the same
+    samples for every W, and resuming is starting at another step: nothing is left in a buffer behind a step,
+    so there is no state to save. Quarantined samples are left out; a rank may so have fewer samples than
+    another, or none (an empty list), and the loss divides by the global target count. A step packs into as many
+    batches as it takes.
+    """
+
+    def __init__(
+        self,
+        stream: SampleStream,
         global_batch_size: int,
         max_tokens: int,
         max_tiles: int,
@@ -48,23 +150,12 @@ class StepLoader:
         num_threads: int = 1,
         prefetch: int = 2,
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} is outside 0..world_size-1={world_size - 1}")
+        super().__init__(stream, max_tokens, max_tiles, rank, world_size, num_threads, prefetch)
         if global_batch_size < world_size:
             raise ValueError(
                 f"global_batch_size={global_batch_size} < world_size={world_size}: give each rank a sample a step"
             )
-        if num_threads < 1 or prefetch < 1:
-            raise ValueError(f"num_threads={num_threads} and prefetch={prefetch} must be at least 1")
-        self.stream = stream
         self.global_batch_size = global_batch_size
-        self.max_tokens = max_tokens
-        self.max_tiles = max_tiles
-        self.rank = rank
-        self.world_size = world_size
-        self.num_threads = num_threads
-        self.prefetch = prefetch
-        self._running: weakref.WeakSet[StepIterator] = weakref.WeakSet()
 
     def positions(self, step: int) -> range:
         """The sample positions of this rank in a step."""
@@ -77,63 +168,28 @@ class StepLoader:
         """This rank's packed batches of a step, prepared here and now."""
         return self._pack(map(self.stream.get, self.positions(step)))
 
-    def iterate(self, start_step: int = 0, stop_step: int | None = None) -> StepIterator:
-        """Iterate over (step, batches, data_wait_s) from start_step to stop_step - 1 (None: for ever).
-
-        A thread prepares the steps ahead; data_wait_s is how long the consumer stood waiting for one. An
-        error in the thread is raised here, at the step it belongs to. The thread ends with the last step,
-        with `close()` (also on leaving a `with` block, here or of the loader) and when the iterator is
-        dropped.
-        """
-        iterator = StepIterator(self._produce, start_step, stop_step, self.prefetch)
-        self._running.add(iterator)
-        return iterator
-
-    def close(self) -> None:
-        """Stop the threads of all iterators that are still running."""
-        for iterator in list(self._running):
-            iterator.close()
-
-    def __enter__(self) -> StepLoader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _produce(self, start_step: int, stop_step: int | None, stopped: threading.Event) -> Iterator[_Item]:
-        """The producer thread's own loop."""
-        threads = ThreadPoolExecutor(self.num_threads, "hovle-data") if self.num_threads > 1 else None
-
-        def get(k: int) -> Encoded | None:
-            return None if stopped.is_set() else self.stream.get(k)  # closing does not wait for a whole step
-
-        with threads or nullcontext():
-            step = start_step
-            while stop_step is None or step < stop_step:
-                positions = self.positions(step)
-                yield step, self._pack(threads.map(get, positions) if threads else map(get, positions))
-                step += 1
+    def steps(self, start_step: int, state: State, read: Read) -> Iterator[tuple[list[PackedBatch], State]]:
+        for step in count(start_step):
+            yield self._pack(read(self.positions(step))), {}
 
     def _pack(self, encoded: Iterable[Encoded | None]) -> list[PackedBatch]:
         return pack([sample for sample in encoded if sample is not None], self.max_tokens, self.max_tiles)
 
 
-_Item = tuple[int, list[PackedBatch]]
-_Produce = Callable[[int, int | None, threading.Event], Iterator[_Item]]
-
-
 class StepIterator:
-    """Iterator over (step, batches, data_wait_s) with a producer thread; see `StepLoader.iterate`."""
+    """Iterator over (step, batches, data_wait_s) with a producer thread; see `Loader.iterate`.
 
-    def __init__(self, produce: _Produce, start_step: int, stop_step: int | None, prefetch: int) -> None:
+    state: of this rank behind the step that came last, whatever is prepared ahead of it.
+    """
+
+    def __init__(self, produce: _Produce, prefetch: int) -> None:
+        self.state: State = {}
         self._queue: queue.Queue[_Item | BaseException | None] = queue.Queue(maxsize=prefetch)
         self._stopped = threading.Event()
         # The thread knows the queue and the event, not this object: dropping the iterator is enough to end it.
         self._thread = threading.Thread(
             target=_run,
-            args=(produce, start_step, stop_step, self._queue, self._stopped),
+            args=(produce, self._queue, self._stopped),
             name="hovle-data-producer",
             daemon=True,
         )
@@ -153,7 +209,7 @@ class StepIterator:
             if item is None:
                 raise StopIteration
             raise item
-        step, batches = item
+        step, batches, self.state = item
         return step, batches, data_wait_s
 
     def close(self) -> None:
@@ -185,14 +241,12 @@ class StepIterator:
 
 def _run(
     produce: _Produce,
-    start_step: int,
-    stop_step: int | None,
     items: queue.Queue[_Item | BaseException | None],
     stopped: threading.Event,
 ) -> None:
     last: BaseException | None = None
     try:
-        for item in produce(start_step, stop_step, stopped):
+        for item in produce(stopped):
             if not _put(items, item, stopped):
                 return
     except BaseException as error:  # whatever it is, the consumer must hear of it
