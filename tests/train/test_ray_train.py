@@ -11,9 +11,11 @@ import pytest
 import ray
 from safetensors.torch import load_file
 
+from hovle_train.loop import Trainer
 from hovle_train.metrics import read_metrics
 from hovle_train.ray_trainer import RAY_ENVIRONMENT, RecipeError, run_local, run_on_ray
 from hovle_train.runs import is_finished, read_summary
+from hovle_train.runtime import Runtime
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,27 @@ def test_two_workers_equal_one_process(local_ray, make_recipe, tmp_path):
     assert read_summary(two.path)["num_workers"] == 2
     assert curve(two) == pytest.approx(curve(one), rel=1e-4)
     assert largest_difference(final_weights(one), final_weights(two)) < 1e-4
+
+
+@pytest.mark.slow
+def test_steps_of_rows_go_on_with_another_number_of_workers(local_ray, make_recipe, plugins, tmp_path):
+    """One process to the checkpoint behind step 1, two workers from there, with what waited in its packing windows."""
+    train = {"global_batch_size": None, "global_batch_rows": 4}
+    whole = make_recipe("alignment", run_dir=str(tmp_path / "whole"), train=train)
+    run_local(whole)
+    moved = make_recipe(
+        "alignment", run_dir=str(tmp_path / "moved"), train=train, resources={"num_workers": 2}
+    )
+    trainer = Trainer(moved, plugins, Runtime())
+    inner = trainer.step
+    trainer.step = lambda step, batches: inner(step, batches) if step < 3 else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.run()
+    run_on_ray(moved)
+    assert read_summary(moved.path)["num_workers"] == 2
+    assert curve(moved) == pytest.approx(curve(whole), rel=1e-4)
+    assert curve(moved, "fill") == curve(whole, "fill")
+    assert largest_difference(final_weights(whole), final_weights(moved)) < 1e-4
 
 
 def kill_worker_at(recipe, step, killed):

@@ -1,6 +1,7 @@
-"""Checkpoints of a run in progress: what trains, the optimizer's state and the step; safetensors and JSON only.
+"""Checkpoints of a run in progress: what trains, the optimizer's state, the step and what waits to be packed;
+safetensors and JSON only.
 
-Learning rate, data order and randomness are functions of the step, so these three resume a run exactly. A checkpoint
+Learning rate, data order and randomness are functions of the step, so these four resume a run exactly. A checkpoint
 appears by one rename, and carries the size of each of its files: what is torn is detected and the one before it used.
 """
 

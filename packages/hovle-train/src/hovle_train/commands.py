@@ -87,17 +87,21 @@ def dry_run(recipe: Recipe, plugins: HovlePlugins) -> None:
     trainer = Trainer(recipe, plugins, Runtime())
     module, trainer.processor = trainer.stage.build()
     freeze_except(module, trainer.stage.trainable(module))
-    batches = trainer.loader(Ledger(None, max_share=recipe.data.max_quarantine_share)).batches(0)
+    ledger = Ledger(None, max_share=recipe.data.max_quarantine_share)
+    with trainer.loader(ledger).iterate(0, 1) as first_step:
+        ((_, batches, _),) = first_step
     tokens = sum(batch.num_tokens for batch in batches)
     parameters = list(module.parameters())
     total = sum(p.numel() for p in parameters)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     table = Table("", "", show_header=False, title=f"{recipe.stage.name} -> {recipe.run_dir}")
     table.add_row("parameters", f"{total:,}, of which {trainable:,} train")
-    table.add_row("steps", f"{recipe.train.steps:,} of {recipe.train.global_batch_size:,} samples")
+    rows, size = recipe.train.global_batch_rows, recipe.train.global_batch_size
+    table.add_row("steps", f"{recipe.train.steps:,} of {f'{rows:,} rows' if rows else f'{size:,} samples'}")
+    fill = tokens / (len(batches) or 1) / recipe.train.micro_batch_tokens
     table.add_row(
         "first step",
-        f"{tokens:,} tokens and {sum(b.num_tiles for b in batches):,} tiles in {len(batches)} rows",
+        f"{tokens:,} tokens and {sum(b.num_tiles for b in batches):,} tiles in {len(batches)} rows, {fill:.0%} full",
     )
     table.add_row("tokens in all", f"about {tokens * recipe.train.steps:,}")
     table.add_row("precision", str(trainer.dtype).removeprefix("torch."))

@@ -104,6 +104,10 @@ class DataConfig(Section):
     # A run fails above this share of unreadable samples.
     max_quarantine_share: float = Field(0.01, ge=0, le=1)
     prefetch_steps: int = Field(2, ge=1)
+    # Threads that read and encode samples; their number changes no result.
+    num_threads: int = Field(1, ge=1)
+    # A conversation longer than a row: refused by name, or cut behind its last answer that fits.
+    long_samples: Literal["refuse", "truncate"] = "refuse"
 
 
 class OptimConfig(Section):
@@ -145,15 +149,26 @@ class OptimConfig(Section):
 
 class TrainConfig(Section):
     steps: int = Field(gt=0)
-    # Samples a step over all workers; does not depend on how many there are.
-    global_batch_size: int = Field(gt=0)
+    # A step over all workers, whatever their number, is either so many samples or so many full rows.
+    global_batch_size: int | None = Field(None, gt=0)
+    global_batch_rows: int | None = Field(None, gt=0)
     # Budgets of one packed row; a worker's samples are packed into as few rows as fit.
     micro_batch_tokens: int = Field(4096, gt=0)
     micro_batch_tiles: int = Field(256, gt=0)
+    # A run whose rows are emptier than this share of micro_batch_tokens stops and says why.
+    min_fill: float = Field(0.5, ge=0, le=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     log_every: int = Field(10, gt=0)
     checkpoint_every: int = Field(500, gt=0)
     keep_checkpoints: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _one_kind_of_step(self) -> "TrainConfig":
+        if (self.global_batch_size is None) == (self.global_batch_rows is None):
+            raise ValueError(
+                "give either global_batch_size (samples a step) or global_batch_rows (full rows a step)"
+            )
+        return self
 
 
 class ResourcesConfig(Section):

@@ -11,7 +11,14 @@ from hovle_train.runs import FINAL, is_finished, read_summary
 
 # What may change between starts of one run without changing what it computes.
 FREE_SECTIONS = ("resources", "observers", "run_dir")
-FREE_FIELDS = ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "data.prefetch_steps")
+FREE_FIELDS = (
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.min_fill",
+    "data.prefetch_steps",
+    "data.num_threads",
+)
 
 
 def differences(saved: dict[str, Any], recipe: Recipe) -> list[str]:

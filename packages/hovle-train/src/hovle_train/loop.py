@@ -15,11 +15,13 @@ from torch import nn
 from hovle_core.plugins import HovlePlugins
 from hovle_data.order import hash64
 from hovle_data.packing import PackedBatch
-from hovle_data.pipeline import StepLoader
+from hovle_data.pipeline import Loader, State, StepLoader
 from hovle_data.quarantine import Ledger
+from hovle_data.rows import RowLoader
 from hovle_train import checkpoint
 from hovle_train.config import Recipe
 from hovle_train.export import export_final
+from hovle_train.fill import Fill
 from hovle_train.freeze import freeze_except, set_train_mode
 from hovle_train.lineage import check_finished, check_parent, check_same, parent_of, weights_hash
 from hovle_train.metrics import MetricsWriter, Window, truncate_metrics
@@ -45,6 +47,8 @@ class Trainer:
         # Of earlier starts, once resumed: a run's cost is that of all of them.
         self.seconds, self.tokens, self.started = 0.0, 0, time.perf_counter()
         self.parent_weights: str | None = None  # known to rank 0, from `prepare` on
+        self.data_state: State = {}  # what waited in packing windows behind the checkpoint resumed from
+        self.fill = Fill(recipe.train, runtime)
         self.stage: Stage = plugins.registry.build(
             "stage", recipe.stage.name, recipe=recipe, registry=plugins.registry
         )
@@ -71,7 +75,7 @@ class Trainer:
         writer = MetricsWriter(self.recipe.path / METRICS_FILE) if self.runtime.is_main else None
         loader = self.loader(ledger)
         window = Window()
-        with loader.iterate(first, self.recipe.train.steps) as batches:
+        with loader.iterate(first, self.recipe.train.steps, self.data_state) as batches:
             for step, micro_batches, data_wait_s in batches:
                 logged = self.step(step, [batch.to(self.runtime.device) for batch in micro_batches])
                 self.tokens += sum(batch.num_tokens for batch in micro_batches)
@@ -79,8 +83,9 @@ class Trainer:
                     data_wait_s=data_wait_s, tokens=sum(batch.num_tokens for batch in micro_batches), steps=1
                 )
                 window.add(samples=sum(len(batch.keys) for batch in micro_batches), **logged)
+                self.fill.add(micro_batches)
                 self.log(step, window, writer, ledger)
-                self.save(step)
+                self.save(step, batches.state)
         if writer is not None:
             writer.close()
         self.weights.restore(self.module)
@@ -115,7 +120,7 @@ class Trainer:
             checkpoint.load(found[-1], self.weights.masters, self.optimizers)
             self.weights.publish()
             self._warn_of_other_plugins(state["plugins"])
-            self.seconds, self.tokens = state["seconds"], state["tokens"]
+            self.seconds, self.tokens, self.data_state = state["seconds"], state["tokens"], state["data"]
             first = state["step"] + 1
             logger.info("resuming %s at step %d of %d", self.recipe.path, first, self.recipe.train.steps)
         if self.runtime.is_main:
@@ -130,17 +135,21 @@ class Trainer:
                     "plugin %s was %s in the checkpoint and is %s now", name, version, now or "missing"
                 )
 
-    def loader(self, ledger: Ledger) -> StepLoader:
-        train = self.recipe.train
-        return StepLoader(
-            self.stage.stream(self.processor, ledger),
-            global_batch_size=train.global_batch_size,
-            max_tokens=train.micro_batch_tokens,
-            max_tiles=train.micro_batch_tiles,
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
-            prefetch=self.recipe.data.prefetch_steps,
-        )
+    def loader(self, ledger: Ledger) -> Loader:
+        train, data = self.recipe.train, self.recipe.data
+        common: dict[str, Any] = {
+            "stream": self.stage.stream(self.processor, ledger),
+            "max_tokens": train.micro_batch_tokens,
+            "max_tiles": train.micro_batch_tiles,
+            "rank": self.runtime.rank,
+            "world_size": self.runtime.world_size,
+            "num_threads": data.num_threads,
+            "prefetch": data.prefetch_steps,
+        }
+        if train.global_batch_rows is not None:
+            return RowLoader(global_batch_rows=train.global_batch_rows, **common)
+        assert train.global_batch_size is not None  # the recipe has one of the two
+        return StepLoader(global_batch_size=train.global_batch_size, **common)
 
     def step(self, step: int, micro_batches: Sequence[PackedBatch]) -> dict[str, float]:
         """One optimizer step over this rank's share of the global batch; returns what to log, reduced over ranks."""
@@ -192,6 +201,7 @@ class Trainer:
         tokens, samples, waited = (sums.pop(name) for name in ("tokens", "samples", "data_wait_s"))
         counted = self.runtime.sum({"tokens": tokens, "samples": samples, "bad": ledger.num_bad})
         metrics: dict[str, Any] = {name: value / steps for name, value in sums.items()}
+        metrics |= self.fill.measure()
         metrics |= {
             "lr": self.optimizers[0].param_groups[0]["lr"],
             "tokens_per_s": counted["tokens"] / seconds,
@@ -204,15 +214,20 @@ class Trainer:
             self.plugins.manager.hook.hovle_on_log(run=self.run_info, step=step, metrics=metrics)
         window.reset()
 
-    def save(self, step: int) -> None:
-        """A checkpoint every `checkpoint_every` steps, written by rank 0 and reported to Ray by all."""
+    def save(self, step: int, data_state: State) -> None:
+        """A checkpoint every `checkpoint_every` steps, written by rank 0 and reported to Ray by all.
+
+        data_state: of this rank's loader behind the step; the checkpoint has that of all ranks.
+        """
         if (step + 1) % self.recipe.train.checkpoint_every or step + 1 == self.recipe.train.steps:
             return
+        data = {name: lane for rank in self.runtime.gather(data_state) for name, lane in rank.items()}
         path = None
         if self.runtime.is_main:
             state = {
                 "seconds": self.seconds + time.perf_counter() - self.started,
                 "tokens": self.tokens,
+                "data": data,
                 "recipe": self.run_info.recipe,
                 "plugins": self.plugins.versions,
                 "parent_weights": self.parent_weights,

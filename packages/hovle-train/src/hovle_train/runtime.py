@@ -1,5 +1,6 @@
 """Where a loop runs: which rank it is, on which device, and how ranks agree. Ray or a plain process, one interface."""
 
+import json
 import logging
 import platform
 from collections.abc import Callable
@@ -39,6 +40,17 @@ class Runtime:
         )
         dist.all_reduce(tensor)
         return dict(zip(sorted(values), tensor.tolist(), strict=True))
+
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON value of every rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        data = json.dumps(value).encode()
+        longest = max(self.sum({str(r): len(data) * (r == self.rank) for r in range(self.world_size)}).values())
+        padded = torch.tensor(list(data.ljust(int(longest))), dtype=torch.uint8, device=self.device)
+        gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(gathered, padded)
+        return [json.loads(bytes(tensor.tolist())) for tensor in gathered]
 
     def barrier(self) -> None:
         if self.world_size > 1:
