@@ -152,6 +152,51 @@ def test_unusable_samples_are_none_and_named(processor, png, encode_image_file, 
     assert (ledger.num_seen, ledger.num_bad) == (16, 14)
 
 
+def many_turns(key, picture, turns=4):
+    """Turn n asks about picture n and answers with the word n: 6 + 1 + 1 tokens and a tile each."""
+    messages = []
+    for n in range(turns):
+        messages += [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "7"}]},
+            {"role": "assistant", "content": str(n)},
+        ]
+    return Sample(key, (picture,) * turns, messages=tuple(messages))
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "max_tiles", "turns"),
+    [(32, 9, 4), (31, 9, 3), (24, 9, 3), (23, 9, 2), (8, 9, 1), (7, 9, 0), (64, 2, 2), (64, 0, 0)],
+)
+def test_long_conversations_are_cut_behind_an_answer(processor, png, tmp_path, max_tokens, max_tiles, turns):
+    ledger = Ledger(tmp_path / "q.jsonl", max_share=1)
+    mix = mixture([many_turns("long", png())])
+    stream = ConversationStream(mix, processor, 0, max_tokens, ledger, max_tiles, long_samples="truncate")
+    encoded = stream.get(0)
+    assert ledger.num_truncated == (0 < turns < 4)
+    assert ledger.num_bad == (turns == 0)
+    if turns == 0:  # not even the first turn: refused, with the length of the whole
+        assert encoded is None
+        reason = "too many tiles: 4 > max_tiles 0" if max_tiles == 0 else "too long: 32 tokens > max_tokens 7"
+        assert f'"long", "reason": "{reason}"' in (tmp_path / "q.jsonl").read_text()
+        return
+    assert encoded.input_ids.tolist() == [t for n in range(turns) for t in [*PICTURE, 17, 10 + n]]
+    assert encoded.labels[encoded.labels != -100].tolist() == [10 + n for n in range(turns)]
+    assert len(encoded.tiles) == turns
+    refusing = ConversationStream(mix, processor, 0, max_tokens, Ledger(None, 1.0), max_tiles)
+    assert (refusing.get(0) is None) == (turns < 4)
+
+
+def test_a_long_pair_has_no_turn_to_be_cut_at(processor, png):
+    ledger = Ledger(None, max_share=1)
+    stream = PairStream(
+        mixture([Sample("p", (png(),), "1 " * 30)]), processor, 0, 20, ledger, long_samples="truncate"
+    )
+    assert stream.get(0) is None
+    assert (ledger.num_bad, ledger.num_truncated) == (1, 0)
+    with pytest.raises(ValueError, match="long_samples='cut'"):
+        PairStream(stream.mixture, processor, 0, 20, ledger, long_samples="cut")
+
+
 def test_bad_text_of_an_unpaired_sample_names_the_text(processor, png, tmp_path):
     ledger = Ledger(tmp_path / "q.jsonl", max_share=1)
     texts = mixture([Sample("t", text=" ")], "texts")

@@ -39,6 +39,7 @@ class Ledger:
         self.min_seen = min_seen
         self.num_seen = 0
         self.num_bad = 0
+        self.num_truncated = 0
         self.reasons: Counter[str] = Counter()
         self._examples: dict[str, BadSample] = {}
         self._lock = threading.Lock()
@@ -66,6 +67,11 @@ class Ledger:
                 self._written.add(name)
                 self._append({"source": bad.source, "key": bad.key, "reason": bad.reason})
             self._check()
+
+    def truncated(self) -> None:
+        """Count a sample that was cut to fit; it is not bad."""
+        with self._lock:
+            self.num_truncated += 1
 
     def _append(self, record: dict[str, str]) -> None:
         if self.path is None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from hovle_data.mixture import Draw, Mixture
 from hovle_data.order import hash64, uniform
 from hovle_data.packing import IGNORE_INDEX
 from hovle_data.quarantine import Ledger
-from hovle_data.schema import BadSample, Sample
+from hovle_data.schema import BadSample, Message, Sample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -73,7 +73,8 @@ class Stream(ABC):
             draw = self.mixture.read(k)
             with _naming(draw):
                 encoded = self.encode(draw.sample, k)
-                self._check_budgets(encoded)
+                if (too_long := self.too_long(encoded)) is not None:
+                    raise _refuse(too_long)
         except BadSample as bad:
             self.ledger.record(bad)
             return None
@@ -83,25 +84,63 @@ class Stream(ABC):
     def encode(self, sample: Sample, k: int) -> Encoded:
         """Encode the sample drawn at position k. Raises any ValueError for what it cannot use."""
 
-    def _check_budgets(self, encoded: Encoded) -> None:
+    def too_long(self, encoded: Encoded) -> str | None:
+        """Which budget a sample exceeds, as a reason; None if neither."""
         if len(encoded.input_ids) > self.max_tokens:
-            raise _refuse(f"too long: {len(encoded.input_ids)} tokens > max_tokens {self.max_tokens}")
+            return f"too long: {len(encoded.input_ids)} tokens > max_tokens {self.max_tokens}"
         if self.max_tiles is not None and len(encoded.tiles) > self.max_tiles:
-            raise _refuse(f"too many tiles: {len(encoded.tiles)} > max_tiles {self.max_tiles}")
+            return f"too many tiles: {len(encoded.tiles)} > max_tiles {self.max_tiles}"
+        return None
 
 
 class ConversationStream(Stream):
-    """Conversations with any number of images; only answers are targets (the processor's rule)."""
+    """Conversations with any number of images; only answers are targets (the processor's rule).
+
+    long_samples: what becomes of one beyond the budgets. "refuse": it is bad, by name. "truncate": it is cut
+        behind its last answer that leaves it within both, and counted in the ledger; refused if there is none.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        processor: Processor,
+        seed: int,
+        max_tokens: int,
+        ledger: Ledger,
+        max_tiles: int | None = None,
+        long_samples: Literal["refuse", "truncate"] = "refuse",
+    ) -> None:
+        super().__init__(mixture, processor, seed, max_tokens, ledger, max_tiles)
+        if long_samples not in ("refuse", "truncate"):
+            raise ValueError(f"long_samples={long_samples!r}: give 'refuse' or 'truncate'")
+        self.long_samples = long_samples
 
     def encode(self, sample: Sample, k: int) -> Encoded:
         if sample.messages is None:
             raise _refuse(f"no conversation: the sample is {sample.kind}")
-        encoded = self.processor.encode(
-            sample.messages, images=[decode_image(image) for image in sample.images]
-        )
+        images = [decode_image(image) for image in sample.images]
+        encoded = self.processor.encode(sample.messages, images=images)
+        if self.long_samples == "truncate" and self.too_long(encoded) is not None:
+            encoded = self._truncated(sample.messages, images, encoded)
         if not (encoded.labels[1:] != IGNORE_INDEX).any():
             raise _refuse("nothing to learn: no answer in the conversation")
         return encoded
+
+    def _truncated(self, messages: Sequence[Message], images: list[Image], whole: Encoded) -> Encoded:
+        """The longest beginning of a conversation that ends with an answer and fits; `whole` if none does."""
+        ends = [i + 1 for i, message in enumerate(messages[:-1]) if message["role"] == "assistant"]
+        longest = whole
+        while ends:  # each turn adds tokens: bisect
+            middle = len(ends) // 2
+            beginning = messages[: ends[middle]]
+            encoded = self.processor.encode(beginning, images=images[: _num_images(beginning)])
+            if self.too_long(encoded) is None:
+                longest, ends = encoded, ends[middle + 1 :]
+            else:
+                ends = ends[:middle]
+        if longest is not whole:
+            self.ledger.truncated()
+        return longest
 
 
 class PairStream(ConversationStream):
@@ -184,6 +223,11 @@ class UnpairedStream(Stream):
         length = min(uniform(low, high, "length", self.seed, k), len(ids), max(0, room))
         start = uniform(0, len(ids) - length, "offset", self.seed, k)
         return ids[start : start + length]
+
+
+def _num_images(messages: Sequence[Message]) -> int:
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    return sum(part["type"] == "image" for part in parts)
 
 
 def _refuse(reason: str) -> BadSample:

@@ -199,7 +199,9 @@ class Trainer:
         sums, seconds = window.sums, window.seconds
         steps = sums.pop("steps")
         tokens, samples, waited = (sums.pop(name) for name in ("tokens", "samples", "data_wait_s"))
-        counted = self.runtime.sum({"tokens": tokens, "samples": samples, "bad": ledger.num_bad})
+        counted = self.runtime.sum(
+            {"tokens": tokens, "samples": samples, "bad": ledger.num_bad, "truncated": ledger.num_truncated}
+        )
         metrics: dict[str, Any] = {name: value / steps for name, value in sums.items()}
         metrics |= self.fill.measure()
         metrics |= {
@@ -208,6 +210,7 @@ class Trainer:
             "samples_per_s": counted["samples"] / seconds,
             "data_wait_share": waited / seconds,
             "quarantined": int(counted["bad"]),
+            "truncated": int(counted["truncated"]),
         }
         if writer is not None:
             writer.write(step, metrics)

@@ -80,6 +80,16 @@ class Stage(ABC):
     def export(self, module: Any, processor: HovleProcessor, folder: Path) -> None:
         """Write the finished checkpoint in transformers' format into `folder`."""
 
+    def stream_options(self, ledger: Ledger) -> dict[str, Any]:
+        """What every stream takes from the recipe."""
+        train = self.recipe.train
+        return {
+            "seed": self.recipe.seed,
+            "max_tokens": train.micro_batch_tokens,
+            "max_tiles": train.micro_batch_tiles,
+            "ledger": ledger,
+        }
+
     def setup(
         self, module: Any, processor: HovleProcessor, runtime: Runtime, progress: Progress | None = None
     ) -> None:

@@ -100,16 +100,13 @@ class Distillation(Stage):
         return ["model.embedding.", "head."]
 
     def stream(self, processor: HovleProcessor, ledger: Ledger) -> Stream:
-        data, train = self.recipe.data, self.recipe.train
+        data = self.recipe.data
         return UnpairedStream(
             images=self.mixture(data.images, "images"),
             texts=self.mixture(data.texts, "texts"),
             processor=processor,
-            seed=self.recipe.seed,
-            max_tokens=train.micro_batch_tokens,
-            max_tiles=train.micro_batch_tiles,
-            ledger=ledger,
             text_tokens=data.text_tokens,
+            **self.stream_options(ledger),
         )
 
     def setup(

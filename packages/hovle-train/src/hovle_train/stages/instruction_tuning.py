@@ -30,12 +30,6 @@ class InstructionTuning(NextTokenStage):
         return ["embedding.", *llm]
 
     def stream(self, processor: HovleProcessor, ledger: Ledger) -> Stream:
-        train = self.recipe.train
-        return PairStream(
-            self.mixture(self.recipe.data.sources, "sources"),
-            processor,
-            seed=self.recipe.seed,
-            max_tokens=train.micro_batch_tokens,
-            max_tiles=train.micro_batch_tiles,
-            ledger=ledger,
-        )
+        sources = self.mixture(self.recipe.data.sources, "sources")
+        long_samples = self.recipe.data.long_samples
+        return PairStream(sources, processor, long_samples=long_samples, **self.stream_options(ledger))

@@ -48,13 +48,9 @@ class LanguageModeling(Stage):
         return [""]
 
     def stream(self, processor: HovleProcessor, ledger: Ledger) -> Stream:
-        return TextOrChatStream(
-            self.mixture(self.recipe.data.sources, "sources"),
-            processor,
-            seed=self.recipe.seed,
-            max_tokens=self.recipe.train.micro_batch_tokens,
-            ledger=ledger,
-        )
+        sources = self.mixture(self.recipe.data.sources, "sources")
+        long_samples = self.recipe.data.long_samples
+        return TextOrChatStream(sources, processor, long_samples=long_samples, **self.stream_options(ledger))
 
     def targets(self, module: nn.Module, batch: PackedBatch) -> dict[str, int]:
         return {"loss": batch.num_target_tokens}
