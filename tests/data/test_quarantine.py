@@ -15,24 +15,24 @@ def lines(path):
 
 def test_each_key_is_written_once(tmp_path):
     path = tmp_path / "run" / "quarantine.jsonl"
-    ledger = Ledger(path)
+    ledger = Ledger(path, max_share=1)
     assert not path.exists()
     for _ in range(3):
         ledger.seen()
         ledger.record(BadSample("k", "a/s.tar", "bad json: x"))
     ledger.record(BadSample("k", "b/s.tar", "bad json: x"))
-    assert lines(path) == [{"source": s, "key": "k", "reason": "bad json: x"} for s in ("a/s.tar", "b/s.tar")]
+    assert lines(path) == [{"shard": s, "key": "k", "reason": "bad json: x"} for s in ("a/s.tar", "b/s.tar")]
     assert (ledger.num_seen, ledger.num_bad) == (3, 4)
 
 
 def test_a_resumed_run_leaves_the_same_file_and_counts_anew(tmp_path):
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
     bad = [BadSample(f"k{i}", "s", f"r: {i}") for i in range(4)]
-    ledger = Ledger(whole)
+    ledger = Ledger(whole, max_share=1)
     for b in bad:
         ledger.record(b)
     for chunk in (bad[:3], bad[1:]):  # the second run replays two
-        ledger = Ledger(parts)
+        ledger = Ledger(parts, max_share=1)
         for b in chunk:
             ledger.record(b)
     assert parts.read_bytes() == whole.read_bytes()
@@ -54,29 +54,29 @@ def test_a_line_torn_by_a_kill_is_mended(tmp_path):
 
 def test_a_file_that_is_no_ledger_is_refused(tmp_path):
     path = tmp_path / "q.jsonl"
-    for content in ("hello\n", "[1]\n", '{"source": "a"}\n'):
+    for content in ("hello\n", "[1]\n", '{"shard": "a"}\n'):
         path.write_text(content)
         with pytest.raises(ValueError, match=r"q\.jsonl, line 1: not a ledger record"):
             Ledger(path)
 
 
 def test_above_the_share_the_run_fails_with_the_commonest_reasons(tmp_path):
-    ledger = Ledger(tmp_path / "q.jsonl", max_share=0.05, min_seen=100)
+    ledger = Ledger(tmp_path / "q.jsonl", max_share=0.08, min_seen=100)
     reasons = (
         ["image tags and images differ: 1 tags, 2 images"] * 3 + ["bad json: 1"] * 2 + ["too long: 9"] * 2
     )
     for i, reason in enumerate([*reasons, "rare"]):
         ledger.seen()
-        ledger.record(BadSample(f"k{i}", "s", reason))  # too few seen to judge
-    ledger.seen(91)
+        ledger.record(BadSample(f"k{i}", "s", reason))
+    ledger.seen(92)
     with pytest.raises(TooManyBadSamples) as caught:
-        ledger.seen()
+        ledger.record(BadSample("one more", "s", "too long: 8"))
     message = str(caught.value)
     assert isinstance(caught.value, ValueError)
-    assert "8 of 100" in message
+    assert "9 of 100" in message
     assert "3x image tags and images differ (such as s: k0: image tags" in message
     assert "2x bad json" in message
-    assert "2x too long" in message
+    assert "3x too long" in message
     assert "rare" not in message
     assert "q.jsonl" in message
 
@@ -88,6 +88,34 @@ def test_at_the_share_it_goes_on():
     ledger.record(BadSample("b", "s", "r"))
     with pytest.raises(TooManyBadSamples):
         ledger.record(BadSample("c", "s", "r"))
+
+
+def test_few_samples_are_judged_as_if_the_rest_were_good():
+    for good in (0, 100, 197):
+        ledger = Ledger(None, max_share=0.01, min_seen=200)
+        ledger.seen(good)
+        for i in range(2):
+            ledger.seen()
+            ledger.record(BadSample(f"k{i}", "s", "r"))
+        ledger.seen()
+        with pytest.raises(TooManyBadSamples, match=f"3 of {good + 3} samples"):
+            ledger.record(BadSample("k3", "s", "r"))
+
+
+def test_merged_ledgers_do_not_tell_how_many_ranks_there_were(tmp_path):
+    merged = []
+    for world_size in (1, 2, 4):
+        folder = tmp_path / str(world_size)
+        ledgers = [Ledger(Ledger.rank_path(folder, r), max_share=1) for r in range(world_size)]
+        for k in range(40):  # ten bad samples, met in four epochs, by other ranks in each
+            ledgers[(k + k // 10) % world_size].record(BadSample(f"k{k % 10}", f"s/{k % 3}.tar", "r"))
+        Ledger.merge(folder)
+        Ledger.merge(folder)
+        merged.append((folder / "quarantine.jsonl").read_text())
+    assert merged[0] == merged[1] == merged[2]
+    assert len(merged[0].splitlines()) == len({(k % 10, k % 3) for k in range(40)})
+    Ledger.merge(tmp_path)
+    assert not (tmp_path / "quarantine.jsonl").exists()
 
 
 def test_threads_share_it(tmp_path):

@@ -202,7 +202,7 @@ def test_bad_text_of_an_unpaired_sample_names_the_text(processor, png, tmp_path)
     texts = mixture([Sample("t", text=" ")], "texts")
     stream = UnpairedStream(mixture([Sample("i", (png(),))], "images"), texts, processor, 0, 64, ledger)
     assert stream.get(0) is None
-    assert (tmp_path / "q.jsonl").read_text() == '{"source": "texts", "key": "t", "reason": "empty text"}\n'
+    assert (tmp_path / "q.jsonl").read_text() == '{"shard": "texts", "key": "t", "reason": "empty text"}\n'
 
 
 def test_errors_of_the_processor_name_the_sample(png, tmp_path):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,20 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (match.group(1), match.group(2)) if match else None
 
 
+# What tarfile raises on hostile headers: sizes beyond any memory, a thousand long-name headers in a row, ...
+_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError)
+
+
+def _forward(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """A tar's members; tarfile follows a negative size backwards, and round for ever (CVE-2025-8194)."""
+    end = -1
+    for info in tar:
+        if info.size < 0 or tar.offset <= end:
+            raise tarfile.ReadError("a header that points backwards")
+        end = tar.offset
+        yield info
+
+
 def scan_shard(path: Path) -> tuple[tuple[Record, ...], str | None]:
     """Read a tar's headers -> its records, and what is wrong with the tar (None: it is whole).
 
@@ -153,7 +167,7 @@ def scan_shard(path: Path) -> tuple[tuple[Record, ...], str | None]:
     try:
         with tarfile.open(path, "r:") as tar:  # ":" = uncompressed only: a compressed tar has no offsets
             try:
-                for info in tar:
+                for info in _forward(tar):
                     names = split_name(info.name)
                     if not info.isreg() or info.issparse() or names is None:
                         continue
@@ -161,11 +175,11 @@ def scan_shard(path: Path) -> tuple[tuple[Record, ...], str | None]:
                         finish()
                         key = names[0]
                     members.append(Member(names[1], info.offset_data, info.size))
-            except (tarfile.TarError, ValueError, OverflowError) as error:
-                problem = str(error)
-            offset = tar.offset
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        return (), f"unreadable shard: {error}"
+            except _TAR_ERRORS as error:
+                problem = str(error) or type(error).__name__
+            offset = min(max(0, tar.offset), size)  # damaged sizes lead anywhere
+    except (OSError, *_TAR_ERRORS) as error:
+        return (), f"unreadable shard: {str(error) or type(error).__name__}"
     finish()
     with path.open(
         "rb"
@@ -174,4 +188,4 @@ def scan_shard(path: Path) -> tuple[tuple[Record, ...], str | None]:
         end = file.read(BLOCK)
     if problem is None and end != bytes(BLOCK):
         problem = "no end-of-archive block" if end.strip(b"\0") == b"" else "broken header"
-    return tuple(records), problem and f"damaged shard: {problem} near byte {min(offset, size)} of {size}"
+    return tuple(records), problem and f"damaged shard: {problem} near byte {offset} of {size}"

@@ -16,14 +16,15 @@ class TooManyBadSamples(ValueError):
 
 
 class Ledger:
-    """Counts what a run reads and appends each bad sample once to a JSON-lines file {"source", "key", "reason"}.
+    """Counts what a run reads and appends each bad sample once to a JSON-lines file {"shard", "key", "reason"}.
 
     path: the file, None to count only. A sample already in it (from before a restart) is not written again,
         so a resumed run and an uninterrupted one leave the same file. Ranks do not share a file: give rank r
-        `Ledger.rank_path(run, r)`.
+        `Ledger.rank_path(run, r)`, and `merge(run)` makes one file of them.
     max_share: share of bad samples above which `seen` and `record` raise `TooManyBadSamples` with the three
-        commonest reasons; judged from `min_seen` samples on. Counts and share are this process's own: a
-        restart begins at zero.
+        commonest reasons. Of fewer than `min_seen` samples it is judged as if the rest of them were good: one bad
+        sample among the first ten stops nothing, five do. Counts and share are this process's own: a restart
+        begins at zero.
 
     Every attempt counts, so a bad sample met in two epochs counts twice, as do the good ones. Safe to use
     from threads.
@@ -50,6 +51,20 @@ class Ledger:
         """The file of one rank: quarantine-rank{r}.jsonl."""
         return Path(folder) / f"quarantine-rank{rank}.jsonl"
 
+    @staticmethod
+    def merge(folder: str | Path) -> None:
+        """Write what the ranks' files name into `folder`/quarantine.jsonl: each sample once, in order of shard and key,
+        so that it does not tell how many ranks there were. Without such a file nothing is written."""
+        lines: dict[tuple[str, str], str] = {}
+        for path in sorted(Path(folder).glob("quarantine-rank*.jsonl")):
+            for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # not a line that is being written
+                record = json.loads(line)
+                lines.setdefault((record["shard"], record["key"]), line)
+        if lines:
+            temporary = Path(folder) / f".quarantine-{os.getpid()}"
+            temporary.write_text("".join(lines[name] + "\n" for name in sorted(lines)), encoding="utf-8")
+            temporary.replace(Path(folder) / "quarantine.jsonl")
+
     def seen(self, count: int = 1) -> None:
         """Count samples that were looked at, good or bad."""
         with self._lock:
@@ -65,7 +80,7 @@ class Ledger:
             name = (bad.source, bad.key)
             if name not in self._written:
                 self._written.add(name)
-                self._append({"source": bad.source, "key": bad.key, "reason": bad.reason})
+                self._append({"shard": bad.source, "key": bad.key, "reason": bad.reason})
             self._check()
 
     def truncated(self) -> None:
@@ -87,7 +102,7 @@ class Ledger:
             os.close(descriptor)
 
     def _check(self) -> None:
-        if self.num_seen < self.min_seen or self.num_bad <= self.max_share * self.num_seen:
+        if self.num_bad <= self.max_share * max(self.num_seen, self.min_seen):
             return
         commonest = "; ".join(
             f"{count}x {reason} (such as {self._examples[reason]})"
@@ -100,7 +115,7 @@ class Ledger:
 
 
 def _read(path: Path) -> tuple[set[tuple[str, str]], int | None]:
-    """The (source, key) already written, and where a last line begins that a kill cut short, else None."""
+    """The (shard, key) already written, and where a last line begins that a kill cut short, else None."""
     if not path.exists():
         return set(), None
     data = path.read_bytes()
@@ -109,7 +124,7 @@ def _read(path: Path) -> tuple[set[tuple[str, str]], int | None]:
     for number, line in enumerate(data[:end].splitlines(), 1):
         try:
             record = json.loads(line)
-            written.add((record["source"], record["key"]))
+            written.add((record["shard"], record["key"]))
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}, line {number}: not a ledger record; move the file away") from None
     return written, end if end < len(data) else None

@@ -1,7 +1,8 @@
 """One sample as members of a tar, there and back: K.json and its pictures K.0.png, K.1.jpg, ...
 
-K.json is {"text" | "messages", "images": count, "meta"}. Of anyone's tars K.txt and any pictures are read too. Members
-of other kinds (.cls, .npy, .pyd, ...) are not looked at: nothing is ever unpickled.
+K.json is {"text" | "messages", "images": count, "meta"}. Of anyone's tars K.txt and any pictures are read too, also
+beside a K.json that has neither text nor messages, as img2dataset writes them. Members of other kinds (.cls, .npy,
+.pyd, ...) are not looked at: nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -60,22 +61,18 @@ def from_fields(key: str, source: str, fields: dict[str, bytes]) -> Sample:
     Raises `BadSample` (key, source, reason) for JSON or text that does not read, and for a lost picture.
     """
     record: Any = {}
-    text = None
     if "json" in fields:
         try:
-            record = json.loads(fields["json"].decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise BadSample(key, source, f"json is not UTF-8: {error}") from error
+            record = json.loads(_decoded("json", key, source, fields))
+        except BadSample:
+            raise
         except (ValueError, RecursionError) as error:
             raise BadSample(key, source, f"bad json: {error}") from error
         if not isinstance(record, dict):
             raise BadSample(key, source, f"bad json: {type(record).__name__} where an object belongs")
-        text = record.get("text")
-    elif "txt" in fields:
-        try:
-            text = fields["txt"].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BadSample(key, source, f"txt is not UTF-8: {error}") from error
+    text = record.get("text")
+    if text is None and record.get("messages") is None and "txt" in fields:
+        text = _decoded("txt", key, source, fields)
     pictures = sorted((f for f in fields if f.rpartition(".")[2].lower() in IMAGE_SUFFIXES), key=_natural)
     count = record.get("images")
     if isinstance(count, int) and count != len(pictures):
@@ -93,6 +90,13 @@ def from_fields(key: str, source: str, fields: dict[str, bytes]) -> Sample:
         messages=None if messages is None else tuple(messages),
         meta=meta or {},
     )
+
+
+def _decoded(field: str, key: str, source: str, fields: dict[str, bytes]) -> str:
+    try:
+        return fields[field].decode("utf-8-sig")  # without the byte order mark that some editors write
+    except UnicodeDecodeError as error:
+        raise BadSample(key, source, f"{field} is not UTF-8: {error}") from error
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

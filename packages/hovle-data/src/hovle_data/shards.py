@@ -205,6 +205,8 @@ class ShardSource:
             raise BadSample(record.key, where, f"unreadable shard: {error}") from error
         fields = {}
         for member in record.members:
+            if member.field in fields:  # which one is meant?
+                raise BadSample(record.key, where, f"file given twice: {record.key}.{member.field}")
             begin = member.offset - start
             if begin + member.size > len(data):
                 raise BadSample(record.key, where, "truncated shard")

@@ -74,6 +74,19 @@ class Trainer:
         )
         writer = MetricsWriter(self.recipe.path / METRICS_FILE) if self.runtime.is_main else None
         loader = self.loader(ledger)
+        try:
+            self.train(loader, first, writer, ledger)
+        finally:
+            if self.runtime.is_main:
+                Ledger.merge(self.recipe.path)
+        if writer is not None:
+            writer.close()
+        self.weights.restore(self.module)
+        export_final(self)
+        self.runtime.barrier()
+
+    def train(self, loader: Loader, first: int, writer: MetricsWriter | None, ledger: Ledger) -> None:
+        """The steps from `first` to the last."""
         window = Window()
         with loader.iterate(first, self.recipe.train.steps, self.data_state) as batches:
             for step, micro_batches, data_wait_s in batches:
@@ -86,11 +99,6 @@ class Trainer:
                 self.fill.add(micro_batches)
                 self.log(step, window, writer, ledger)
                 self.save(step, batches.state)
-        if writer is not None:
-            writer.close()
-        self.weights.restore(self.module)
-        export_final(self)
-        self.runtime.barrier()
 
     def prepare(self) -> None:
         """Build, freeze, make optimizers and whatever the stage needs; write the resolved recipe down."""
@@ -238,6 +246,7 @@ class Trainer:
             keep = self.recipe.train.keep_checkpoints
             path = checkpoint.save(self.checkpoints, step, self.weights.masters, self.optimizers, state, keep)
             self.plugins.manager.hook.hovle_on_checkpoint(run=self.run_info, step=step, path=path)
+            Ledger.merge(self.recipe.path)
         self.runtime.report({"step": step}, path)
 
     def _progress(self, what: str, done: int, total: int) -> None:
