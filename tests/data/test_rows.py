@@ -160,6 +160,6 @@ def test_arguments_and_states_that_do_not_fit_are_refused(encoded_type):
     with pytest.raises(ValueError, match="window=0"):
         RowLoader(stream, 4, MAX_TOKENS, MAX_TILES, window=0)
     for start, state in ((3, {}), (3, {"0": [16]}), (0, {"0": [16]})):
-        with make_loader("rows", stream).iterate(start, 9, state) as steps:
-            with pytest.raises(ValueError, match=f"step {start} needs the state of lanes 0..3"):
-                next(steps)
+        steps = make_loader("rows", stream).iterate(start, 9, state)
+        with pytest.raises(ValueError, match=f"step {start} needs the state of lanes 0..3"):
+            next(steps)

@@ -17,6 +17,7 @@ from hovle_data import (
     StepLoader,
     TextStream,
     UnpairedStream,
+    decode_image,
     packing,
     write_shards,
 )
@@ -86,6 +87,85 @@ def test_from_shards_to_batches(core_processor, mixtures, kind, num_threads):
                 assert tiles == 0 or batch.pixel_values.shape[1:] == (3, 8, 8)
                 keys |= set(batch.keys)
     assert len(keys) == 12  # one epoch
+
+
+def turn(*parts):
+    content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+    return {"role": "user", "content": content}
+
+
+def answer(text):
+    return {"role": "assistant", "content": text}
+
+
+CONVERSATIONS = {  # messages, tiles of each image, what the answers say
+    "turns": ((turn(None, "what"), answer("1"), turn("2"), answer("3 4")), [1], "1 <eos> 3 4 <eos>"),
+    "images": (
+        (turn(None, "what", None), answer("5"), turn(None), answer("6")),
+        [1, 3, 1],
+        "5 <eos> 6 <eos>",
+    ),
+    "text": (({"role": "user", "content": "7"}, answer("8")), [], "8 <eos>"),
+    "open": ((turn("9"), answer("10"), turn("11")), [], "10 <eos>"),  # a question without its answer
+}
+
+
+def test_turns_images_and_text_only_in_one_row(core_processor, tmp_path, png):
+    """What the batch says of each conversation: its answers are the targets, its pictures where serving puts them."""
+    square, wide = png(1, (8, 8)), png(2, (16, 8))
+    samples = [
+        Sample(key, tuple(wide if n == 3 else square for n in tiles), messages=messages)
+        for key, (messages, tiles, _) in CONVERSATIONS.items()
+    ]
+    write_shards(samples, tmp_path / "mixed")
+    mixture = Mixture([(ShardSource(tmp_path / "mixed"), 1.0)], seed=0)
+    stream = ConversationStream(mixture, core_processor, 0, 128, Ledger(None, max_share=0))
+    (batch,) = StepLoader(stream, 4, max_tokens=256, max_tiles=16).batches(0)
+    tokenizer = core_processor.tokenizer
+    start = tile = 0
+    for key, length in zip(batch.keys, batch.sample_lengths, strict=True):
+        messages, tiles, said = CONVERSATIONS[key.removeprefix("mixed/")]
+        row = slice(start, start + length)
+        ids, labels = batch.input_ids[0, row], batch.labels[0, row]
+        assert batch.position_ids[0, row].tolist() == list(range(length))
+        assert tokenizer.decode(labels[labels != IGNORE_INDEX]) == said
+        assert torch.equal(ids[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX])
+        pictures = [decode_image(image) for image in samples[list(CONVERSATIONS).index(key[6:])].images]
+        for i, message in enumerate(
+            messages
+        ):  # every answer stands behind the prompt that serving would make
+            if message["role"] == "assistant":
+                before = messages[:i]
+                seen = sum(part["type"] == "image" for m in before if m["role"] == "user" for part in m["content"]
+                           if not isinstance(part, str))  # fmt: skip
+                prompt = core_processor.encode(before, pictures[:seen], add_generation_prompt=True).input_ids
+                assert ids[: len(prompt)].tolist() == prompt.tolist()
+                assert labels[len(prompt)] != IGNORE_INDEX
+        assert int((ids == core_processor.image_token_id).sum()) == sum(tiles) * TOKENS_PER_TILE
+        assert batch.tile_keys[tile : tile + sum(tiles)] == [f"{key}#{n}" for n in range(sum(tiles))]
+        start, tile = start + length, tile + sum(tiles)
+    assert sorted(batch.keys) == sorted(f"mixed/{key}" for key in CONVERSATIONS)
+    assert batch.num_tiles == tile == 6
+    assert start == batch.num_tokens
+
+
+def test_what_the_chat_template_refuses_is_a_bad_sample(core_processor, tmp_path):
+    """Templates of released models raise jinja errors for roles in an order they do not know."""
+    strict = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+    )
+    processor = HovleProcessor(
+        core_processor.image_processor, core_processor.tokenizer, strict, core_processor.tokens_per_tile
+    )
+    messages = ({"role": "system", "content": "1"}, {"role": "user", "content": "2"}, answer("3"))
+    write_shards([Sample("s", messages=messages)], tmp_path / "system")
+    mixture = Mixture([(ShardSource(tmp_path / "system"), 1.0)], seed=0)
+    stream = ConversationStream(mixture, processor, 0, 64, Ledger(tmp_path / "q.jsonl", max_share=1))
+    assert stream.get(0) is None
+    assert (
+        "does not encode: the chat template refuses these messages: no system role"
+        in (tmp_path / "q.jsonl").read_text()
+    )
 
 
 def test_both_packages_mean_the_same_by_no_target():

@@ -165,7 +165,9 @@ def test_ranks_gather_json(tmp_path):
     assert [rank.wait(60) for rank in ranks] == [0, 0]
 
 
-@pytest.mark.parametrize("train", [{"steps": 1}, {"steps": 1, "global_batch_size": 4, "global_batch_rows": 4}])
+@pytest.mark.parametrize(
+    "train", [{"steps": 1}, {"steps": 1, "global_batch_size": 4, "global_batch_rows": 4}]
+)
 def test_a_step_is_samples_or_rows(train):
     with pytest.raises(ValueError, match="train: .*either global_batch_size"):
         parse_recipe({"stage": {"name": "x"}, "run_dir": "r", "optim": {"lr": 1}, "train": train})

@@ -68,12 +68,17 @@ class Rendering:
         return self.special.sub(mark, text)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            chat_template=self.chat_template,
-        )
+        from jinja2 import TemplateError  # transformers renders with it
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                chat_template=self.chat_template,
+            )
+        except TemplateError as error:  # such as raise_exception for an order of roles
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
 
     def segments(self, add_generation_prompt: bool) -> list[tuple[str, bool]]:
         """The rendered conversation as (text, is it an answer) pieces in order.

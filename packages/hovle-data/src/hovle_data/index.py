@@ -133,8 +133,9 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (match.group(1), match.group(2)) if match else None
 
 
-# What tarfile raises on hostile headers: sizes beyond any memory, a thousand long-name headers in a row, ...
-_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError)
+# What tarfile raises on hostile headers: places beyond any file, sizes beyond any memory, a thousand long-name headers
+# in a row, ... What was read before stays.
+_TAR_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
 
 
 def _forward(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -178,7 +179,7 @@ def scan_shard(path: Path) -> tuple[tuple[Record, ...], str | None]:
             except _TAR_ERRORS as error:
                 problem = str(error) or type(error).__name__
             offset = min(max(0, tar.offset), size)  # damaged sizes lead anywhere
-    except (OSError, *_TAR_ERRORS) as error:
+    except _TAR_ERRORS as error:
         return (), f"unreadable shard: {str(error) or type(error).__name__}"
     finish()
     with path.open(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from hovle_data.packing import PackedBatch, best_fit, join
-from hovle_data.pipeline import Loader, Read, State, SampleStream
+from hovle_data.pipeline import Loader, Read, SampleStream, State
 
 if TYPE_CHECKING:
     from hovle_core.processor import Encoded
@@ -103,7 +103,9 @@ class Lane:
         ):
             first = self.number + self.num_read * loader.global_batch_rows
             stop = first + READ_AHEAD * loader.global_batch_rows
-            empty_reads = 0 if self._keep(range(first, stop, loader.global_batch_rows), read) else empty_reads + 1
+            empty_reads = (
+                0 if self._keep(range(first, stop, loader.global_batch_rows), read) else empty_reads + 1
+            )
             self.num_read += READ_AHEAD
             if empty_reads == MAX_EMPTY_READS:
                 raise ValueError(
@@ -112,7 +114,9 @@ class Lane:
                 )
 
     def _keep(self, positions: range | list[int], read: Read) -> bool:
-        found = {k: sample for k, sample in zip(positions, read(positions), strict=True) if sample is not None}
+        found = {
+            k: sample for k, sample in zip(positions, read(positions), strict=True) if sample is not None
+        }
         self._waiting |= found
         return bool(found)
 

@@ -226,7 +226,9 @@ class UnpairedStream(Stream):
 
 
 def _num_images(messages: Sequence[Message]) -> int:
-    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    parts = [
+        part for message in messages if not isinstance(message["content"], str) for part in message["content"]
+    ]
     return sum(part["type"] == "image" for part in parts)
 
 

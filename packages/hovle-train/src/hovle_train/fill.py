@@ -25,12 +25,16 @@ class Fill:
 
     def __init__(self, train: TrainConfig, runtime: Runtime):
         self.train, self.runtime = train, runtime
-        self._steps: list[tuple[int, int, int]] = []  # tokens, tiles, rows of this rank since the last `measure`
+        self._steps: list[
+            tuple[int, int, int]
+        ] = []  # tokens, tiles, rows of this rank since the last `measure`
         self._judged = {"tokens": 0.0, "tiles": 0.0, "rows": 0.0}  # of all ranks, since the start
 
     def add(self, rows: Sequence[PackedBatch]) -> None:
         """Count one step."""
-        self._steps.append((sum(row.num_tokens for row in rows), sum(row.num_tiles for row in rows), len(rows)))
+        self._steps.append(
+            (sum(row.num_tokens for row in rows), sum(row.num_tiles for row in rows), len(rows))
+        )
 
     def measure(self) -> dict[str, float]:
         """The metrics of the steps since the last call, which all ranks make together.
@@ -53,7 +57,8 @@ class Fill:
         return {
             "fill": counted["tokens of all"] / rows / self.train.micro_batch_tokens,
             "tile_fill": counted["tiles of all"] / rows / self.train.micro_batch_tiles,
-            "imbalance": sum(max(t) * len(t) / (sum(t) or 1) if any(t) else 1 for t in by_step) / (len(steps) or 1),
+            "imbalance": sum(max(t) * len(t) / (sum(t) or 1) if any(t) else 1 for t in by_step)
+            / (len(steps) or 1),
         }
 
     def _judge(self) -> None:

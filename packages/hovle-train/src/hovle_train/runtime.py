@@ -46,7 +46,9 @@ class Runtime:
         if self.world_size == 1:
             return [value]
         data = json.dumps(value).encode()
-        longest = max(self.sum({str(r): len(data) * (r == self.rank) for r in range(self.world_size)}).values())
+        longest = max(
+            self.sum({str(r): len(data) * (r == self.rank) for r in range(self.world_size)}).values()
+        )
         padded = torch.tensor(list(data.ljust(int(longest))), dtype=torch.uint8, device=self.device)
         gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
         dist.all_gather(gathered, padded)
