@@ -54,7 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder / "pairs", 2_000)
-        ledger = Ledger(Ledger.rank_path(folder, 0))
+        ledger = Ledger(Ledger.rank_path(folder, 0), max_share=0.05)
         stream = PairStream(Mixture([(ShardSource(folder / "pairs"), 1)], 0), processor, 0, 512, ledger)
         loader = (
             RowLoader(stream, 4, 512, 64, num_threads=2)

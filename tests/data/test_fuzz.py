@@ -126,11 +126,13 @@ def mutated(draw, content):
     return bytes(content[: draw(st.one_of(st.just(len(content)), st.integers(0, len(content))))])
 
 
-json_files = st.one_of(
+whole_json = st.one_of(
+    objects.map(lambda value: json.dumps(value).encode()),
     st.one_of(objects, json_values).map(lambda value: json.dumps(value).encode()),
     objects.map(lambda value: json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")),
     objects.map(lambda value: b"\xef\xbb\xbf" + json.dumps(value).encode()),
-).flatmap(mutated)
+)
+json_files = st.one_of(whole_json, whole_json, whole_json.flatmap(mutated))
 text_files = st.one_of(st.binary(max_size=40), words.map(lambda text: text.encode("utf-8", "surrogatepass")))
 picture_files = st.one_of(st.sampled_from(PICTURES), st.sampled_from(PICTURES).flatmap(mutated), st.just(b""))
 members = st.one_of(
@@ -140,7 +142,9 @@ members = st.one_of(
         st.sampled_from(["png", "0.png", "1.jpg", "2.JPEG", "10.webp", "²٣.gif", "cls"]), picture_files
     ),
 )
-records = st.lists(st.lists(members, min_size=1, max_size=4), min_size=1, max_size=4)
+one_each = st.lists(members, min_size=1, max_size=4, unique_by=lambda member: member[0])
+files = st.one_of(one_each, one_each, one_each, st.lists(members, min_size=1, max_size=4))
+records = st.lists(files, min_size=1, max_size=4)
 
 
 class Listed(list):

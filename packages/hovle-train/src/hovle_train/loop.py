@@ -128,7 +128,11 @@ class Trainer:
             checkpoint.load(found[-1], self.weights.masters, self.optimizers)
             self.weights.publish()
             self._warn_of_other_plugins(state["plugins"])
-            self.seconds, self.tokens, self.data_state = state["seconds"], state["tokens"], state["data"]
+            self.seconds, self.tokens, self.data_state = (
+                state["seconds"],
+                state["tokens"],
+                state.get("data", {}),
+            )
             first = state["step"] + 1
             logger.info("resuming %s at step %d of %d", self.recipe.path, first, self.recipe.train.steps)
         if self.runtime.is_main:
