@@ -63,6 +63,13 @@ MINIMAL = {
             "restarts \\[0.5\\] does nothing with schedule 'wsd'",
         ),
         ({"optim": {"lr": 1, "restarts": [0.5, 0.3]}}, "restarts \\[0.5, 0.3\\] must ascend"),
+        (
+            {
+                "data": {"sources": [{"path": "a", "weight": {0: 1, 0.5: 2}}]},
+                "train": {"steps": 4, "global_batch_rows": 2},
+            },
+            "weight of a is .*set train.global_batch_size in place of global_batch_rows",
+        ),
         ({"optim": {"lr": 1, "restarts": [3]}}, "optim.restarts.0: .*less than 1, got 3"),
         (
             {"resources": {"accelerator_type": "A100"}},

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from hovle_core.image_processor import IMAGENET_MEAN, IMAGENET_STD
+from hovle_core.config import IMAGENET_MEAN, IMAGENET_STD
 from hovle_core.official import config_from_released, image_processor_from_released
 from hovle_core.processor import IMAGE_CONTEXT, HovleProcessor
 from hovle_core.sentencepiece_tokenizer import sentencepiece_tokenizer

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,7 +103,7 @@ class Mixture:
         return str(where(i)) if callable(where) else self.names[j]
 
 
-def check_weight(weight: Weight, what: str = "weight") -> None:
+def check_weight(weight: float | Mapping[Any, float], what: str = "weight") -> None:
     """Raises ValueError for a weight that is not positive, or a curriculum that is never or nowhere drawn."""
     if not isinstance(weight, Mapping):
         if not (weight > 0 and math.isfinite(weight)):

@@ -208,6 +208,16 @@ class Recipe(Section):
     resources: ResourcesConfig = ResourcesConfig()
     observers: ObserversConfig = ObserversConfig()
 
+    @model_validator(mode="after")
+    def _curricula_know_their_positions(self) -> "Recipe":
+        for source in (*self.data.sources, *self.data.images, *self.data.texts):
+            if isinstance(source.weight, dict) and self.train.global_batch_size is None:
+                raise ValueError(
+                    f"weight of {source.path} is {source.weight}: how many samples full rows will hold is not known "
+                    "beforehand; set train.global_batch_size in place of global_batch_rows, or give one weight"
+                )
+        return self
+
     @property
     def path(self) -> Path:
         return Path(self.run_dir)

@@ -116,6 +116,7 @@ class Stage(ABC):
         if not isinstance(source.weight, dict):
             return source.weight
         train = self.recipe.train
+        assert train.global_batch_size is not None  # the recipe's validator
         return {
             round(share * train.steps) * train.global_batch_size: weight
             for share, weight in sorted(source.weight.items())
