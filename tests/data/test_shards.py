@@ -192,7 +192,11 @@ def test_source_refuses_what_is_no_folder_of_tars(tmp_path):
     with pytest.raises(ValueError, match=r"holds no \.tar"):
         ShardSource(tmp_path)
     (tmp_path / "index.json").write_text("[1]")
+    (tmp_path / "index.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"index\.json: not a shard index"):
+        ShardSource(tmp_path)
+    (tmp_path / "index.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"index\.json without index\.safetensors"):
         ShardSource(tmp_path)
 
 
@@ -313,8 +317,8 @@ def test_stale_index_is_noticed(tmp_path, pairs, texts):
 
 def test_index_that_points_elsewhere_is_a_bad_sample(tmp_path, texts):
     write_shards(texts(3), tmp_path / "out")
-    index = tmp_path / "out" / "index.json"
-    index.write_text(index.read_text().replace('"t0001"', '"t9999"'))
+    index = tmp_path / "out" / "index.safetensors"
+    index.write_bytes(index.read_bytes().replace(b"t0001", b"t9999"))
     good, bad = readable(ShardSource(tmp_path / "out"))
     assert good == ["t0000", "t0002"]
     assert bad[0].reason.startswith("shard and index differ")

@@ -1,4 +1,8 @@
-"""Where every sample lies in its tar: the byte offsets that make a shard randomly accessible."""
+"""Where every sample lies in its tar: the byte offsets that make a shard randomly accessible.
+
+On disk an index is two files: `index.json` (what the shards are) and `index.safetensors` (where each sample lies in
+them, and its counts, see `stored_records`).
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,18 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 INDEX_NAME = "index.json"
-INDEX_VERSION = 1
+RECORDS_NAME = "index.safetensors"
+INDEX_VERSION = 2
+COUNTS = ("tokens", "tiles")  # what a build with a processor counts of each sample
 BLOCK = 512  # of a tar; a member's header is the block in front of its data
 
 # webdataset's rule: the key ends at the first dot after the last slash, the rest is the field ("0.png", "json").
@@ -42,12 +51,16 @@ class Record:
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One tar: file name, size in bytes, sha256 of the file ("" when not computed), records in file order."""
+    """One tar: file name, size in bytes, sha256 of the file ("" when not computed), records in file order.
+
+    counts: numbers of each record under a name, such as "tokens" and "tiles" if a processor counted them.
+    """
 
     name: str
     size: int
     sha256: str
-    records: tuple[Record, ...]
+    records: Sequence[Record]
+    counts: Mapping[str, Sequence[int]] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -71,51 +84,64 @@ class ShardIndex:
         return combined_sha256([shard.sha256 for shard in self.shards])
 
     def save(self, folder: Path) -> None:
-        shards = [
-            {
-                "name": shard.name,
-                "samples": len(shard.records),
-                "bytes": shard.size,
-                "sha256": shard.sha256,
-                "records": [[r.key, [[m.field, m.offset, m.size] for m in r.members]] for r in shard.records],
-            }
-            for shard in self.shards
-        ]
+        """Write index.json and index.safetensors into `folder`. The same shards give the same bytes."""
+        from hovle_data.stored_records import save_records
+
+        names = set(self.shards[0].counts if self.shards else ()).intersection(*(s.counts for s in self.shards))
+        counts = {
+            name: np.asarray([n for shard in self.shards for n in shard.counts[name]], np.int32) for name in sorted(names)
+        }
+        records = chain.from_iterable(shard.records for shard in self.shards)
         content = {
             "version": INDEX_VERSION,
             "samples": self.num_samples,
             "sha256": self.sha256,
-            "shards": shards,
+            **{name: int(counts[name].sum()) for name in sorted(names)},
+            "fields": save_records(folder / RECORDS_NAME, records, counts, self.sha256),
+            "shards": [
+                {
+                    "name": shard.name,
+                    "samples": len(shard.records),
+                    "bytes": shard.size,
+                    "sha256": shard.sha256,
+                    **{name: sum(shard.counts[name]) for name in sorted(names)},
+                }
+                for shard in self.shards
+            ],
         }
-        (folder / INDEX_NAME).write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
+        (folder / INDEX_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> ShardIndex | None:
-        """The folder's index, None without one. Raises ValueError naming the file when it is not one of ours."""
+        """The folder's index, None without one; see `read`."""
         path = folder / INDEX_NAME
-        if not path.exists():
-            return None
+        return cls.read(path, folder / RECORDS_NAME) if path.exists() else None
+
+    @classmethod
+    def read(cls, path: Path, records_path: Path) -> ShardIndex:
+        """An index from its two files. Raises ValueError naming the file when it is not one of ours.
+
+        Nothing but the list of shards is read; records are mapped and made when they are asked for.
+        """
+        from hovle_data.stored_records import RecordFile, StoredRecords
+
         try:
             content: dict[str, Any] = json.loads(path.read_bytes())
             if content["version"] != INDEX_VERSION:
                 raise ValueError(f"version {content['version']}, this hovle-data reads {INDEX_VERSION}")
-            shards = tuple(
-                ShardInfo(
-                    shard["name"],
-                    shard["bytes"],
-                    shard["sha256"],
-                    tuple(
-                        Record(key, tuple(Member(*member) for member in members))
-                        for key, members in shard["records"]
-                    ),
-                )
-                for shard in content["shards"]
-            )
-        except (KeyError, TypeError, ValueError) as error:
+            file = RecordFile(records_path, content["fields"], content["sha256"])
+            shards, start = [], 0
+            for shard in content["shards"]:
+                stop = start + shard["samples"]
+                counts = {n: c[start:stop] for n in COUNTS if (c := file.counts(n)) is not None}
+                records = StoredRecords(file, start, stop)
+                shards.append(ShardInfo(shard["name"], shard["bytes"], shard["sha256"], records, counts))
+                start = stop
+        except (KeyError, TypeError, ValueError, OSError) as error:
             raise ValueError(
                 f"{path}: not a shard index ({error}); delete it and the tars are scanned instead"
             ) from error
-        return cls(shards)
+        return cls(tuple(shards))
 
 
 def combined_sha256(hashes: Sequence[str]) -> str:
@@ -145,10 +171,17 @@ def _forward(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         if info.size < 0 or tar.offset <= end:
             raise tarfile.ReadError("a header that points backwards")
         end = tar.offset
+        tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps every header
         yield info
 
 
 def scan_shard(path: Path) -> tuple[tuple[Record, ...], str | None]:
+    """`scan_tar` of a file on this machine."""
+    with path.open("rb") as file:
+        return scan_tar(file, path.stat().st_size)
+
+
+def scan_tar(file: BinaryIO, size: int) -> tuple[tuple[Record, ...], str | None]:
     """Read a tar's headers -> its records, and what is wrong with the tar (None: it is whole).
 
     Like webdataset, consecutive members with one key are one sample. The record that the damage cuts has its
@@ -157,7 +190,6 @@ def scan_shard(path: Path) -> tuple[tuple[Record, ...], str | None]:
     records: list[Record] = []
     key, members = "", list[Member]()
     problem = None
-    size = path.stat().st_size
 
     def finish() -> None:
         if members:
@@ -166,7 +198,8 @@ def scan_shard(path: Path) -> tuple[tuple[Record, ...], str | None]:
             members.clear()
 
     try:
-        with tarfile.open(path, "r:") as tar:  # ":" = uncompressed only: a compressed tar has no offsets
+        # ":" = uncompressed only: a compressed tar has no offsets
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             try:
                 for info in _forward(tar):
                     names = split_name(info.name)
@@ -182,11 +215,8 @@ def scan_shard(path: Path) -> tuple[tuple[Record, ...], str | None]:
     except _TAR_ERRORS as error:
         return (), f"unreadable shard: {str(error) or type(error).__name__}"
     finish()
-    with path.open(
-        "rb"
-    ) as file:  # tarfile ends quietly at a header it cannot read; a whole tar ends with zeros
-        file.seek(offset)
-        end = file.read(BLOCK)
+    file.seek(offset)  # tarfile ends quietly at a header it cannot read; a whole tar ends with zeros
+    end = file.read(BLOCK)
     if problem is None and end != bytes(BLOCK):
         problem = "no end-of-archive block" if end.strip(b"\0") == b"" else "broken header"
     return tuple(records), problem and f"damaged shard: {problem} near byte {offset} of {size}"

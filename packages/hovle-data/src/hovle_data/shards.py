@@ -12,22 +12,29 @@ import shutil
 import tarfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, BinaryIO
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hovle_data.index import (
     BLOCK,
+    INDEX_NAME,
+    RECORDS_NAME,
     Record,
     ShardIndex,
     ShardInfo,
     combined_sha256,
     file_sha256,
     scan_shard,
+    scan_tar,
 )
 from hovle_data.records import from_fields, to_fields
 from hovle_data.schema import BadSample, Sample
+from hovle_data.storage import RemoteFolder, is_url, open_folder
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +55,6 @@ def write_shards(
     key given twice, or a picture of unknown format; ValueError when `out` exists (reuse is for the caller to
     decide) or nothing came.
     """
-    import webdataset  # imports torch: 2 s that a reader does not need
-
     out = Path(out)
     if out.exists():
         raise ValueError(f"out={out} exists; remove it, or reuse it with ShardSource({str(out)!r})")
@@ -59,38 +64,27 @@ def write_shards(
         raise ValueError(f"samples_per_shard={samples_per_shard}: give at least 1")
     temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}-{token_hex(4)}")
     temporary.mkdir(parents=True)
+    keys: set[str] = set()
+
+    def checked(sample: Sample) -> Sample:
+        if sample.key in keys:
+            raise BadSample(sample.key, "", "key given twice")
+        keys.add(sample.key)
+        return sample
+
+    def written(sample: Sample) -> Sample:
+        if progress is not None:
+            progress(len(keys))
+        return sample
+
     try:
         shards: list[ShardInfo] = []
-        keys: set[str] = set()
-        files: list[BinaryIO] = []  # webdataset opens no path itself: with WDS_SECURE=1 it would refuse to
-
-        def open_shard(file_name: str) -> BinaryIO:
-            files.append((temporary / file_name).open("wb"))
-            return files[-1]
-
-        with webdataset.ShardWriter(
-            f"{name}-%06d.tar",
-            maxcount=samples_per_shard,
-            maxsize=float("inf"),
-            opener=open_shard,
-            post=lambda _: files.pop().close(),
-            verbose=0,
-            mtime=0,
-            encoder=False,
-        ) as writer:
-            for count, sample in enumerate(samples, 1):
-                if sample.key in keys:
-                    raise BadSample(sample.key, "", "key given twice")
-                writer.write(to_fields(sample))
-                keys.add(sample.key)
-                if progress is not None:
-                    progress(count)
+        rest = map(checked, samples)
+        while part := list(islice(rest, 1)):
+            path = temporary / f"{name}-{len(shards):06d}.tar"
+            shards.append(write_shard(chain(part, islice(rest, samples_per_shard - 1)), path, written))
         if not keys:
             raise ValueError(f"no samples for {out}: give at least one")
-        for path in sorted(temporary.glob("*.tar")):
-            records, problem = scan_shard(path)
-            assert problem is None, problem
-            shards.append(ShardInfo(path.name, path.stat().st_size, file_sha256(path), records))
         index = ShardIndex(tuple(shards))
         index.save(temporary)
         temporary.rename(out)
@@ -100,25 +94,57 @@ def write_shards(
     return index
 
 
+def write_shard(
+    samples: Iterable[Sample], path: Path, written: Callable[[Sample], object] | None = None
+) -> ShardInfo:
+    """Write one tar, calling `written` after each sample. Raises `BadSample` as `write_shards` does.
+
+    The same samples give the same bytes.
+    """
+    import webdataset  # imports torch: 2 s that a reader does not need
+
+    # webdataset opens no path itself: with WDS_SECURE=1 it would refuse to
+    with path.open("wb") as file, webdataset.TarWriter(file, mtime=0, encoder=False) as writer:
+        for sample in samples:
+            writer.write(to_fields(sample))
+            if written is not None:
+                written(sample)
+    records, problem = scan_shard(path)
+    assert problem is None, problem
+    return ShardInfo(path.name, path.stat().st_size, file_sha256(path), records)
+
+
 class ShardSource:
     """A folder of tars as a sequence of samples: `source[i]` is one seek and one read, for any i.
 
-    Reads what `write_shards` writes and anyone's webdataset tars (K.json or K.txt, pictures by suffix in
-    natural order). Without an index.json, or for a tar that the index does not describe, the tar's headers
-    are scanned on opening. A damaged or missing tar is logged and listed in `problems`; its readable samples
-    stay, each lost one raises `BadSample` (shard, key, reason) when it is read. Holds no open file:
+    Reads what `write_shards` and `hovle data build` write and anyone's webdataset tars (K.json or K.txt, pictures
+    by suffix in natural order). Without an index.json, or for a tar that the index does not describe, the tar's
+    headers are scanned on opening. A damaged or missing tar is logged and listed in `problems`; its readable
+    samples stay, each lost one raises `BadSample` (shard, key, reason) when it is read. Holds no open file:
     picklable, forkable, safe to use from threads.
 
+    path: a folder, one .tar, or the fsspec URL of either.
     name: prefix of keys in batches, unique within a mixture; the folder's name when not given.
+    cache_gib, storage_options: of a URL, see `storage.RemoteFolder`.
     """
 
-    def __init__(self, path: str | Path, name: str | None = None) -> None:
-        self.path = Path(path)
-        self.name = name or self.path.resolve().name
-        if not self.path.is_dir():
+    def __init__(
+        self,
+        path: str | Path,
+        name: str | None = None,
+        cache_gib: float | None = None,
+        storage_options: dict[str, Any] | None = None,
+    ) -> None:
+        folder, only = str(path), None
+        if folder.endswith(".tar"):
+            folder, only = (folder.rpartition("/")[0] or "."), folder.rpartition("/")[2]
+        self.path = path if is_url(path) else Path(path)
+        self.folder = open_folder(folder, cache_gib, storage_options)
+        self.name = name or (only.removesuffix(".tar") if only else self.folder.name)
+        if not self.folder.exists():
             raise ValueError(f"path={path} is no folder; give a folder of .tar shards")
         self.problems: list[str] = []
-        self._shards = self._open()
+        self._shards = self._open(only)
         if not self._shards:
             raise ValueError(f"path={path} holds no .tar; give a folder of .tar shards")
         for problem in self.problems:
@@ -151,9 +177,17 @@ class ShardSource:
         """{"shards", "samples", "sha256"}: what a run notes as the data it saw. Hashes tars that have no index."""
         hashes = []
         for shard in self._shards:
-            path = self.path / shard.name
-            hashes.append(shard.sha256 or (file_sha256(path) if path.exists() else "missing"))
+            try:
+                hashes.append(shard.sha256 or file_sha256(self.folder.local(shard.name)))
+            except FileNotFoundError:
+                hashes.append("missing")
         return {"shards": len(self._shards), "samples": len(self), "sha256": combined_sha256(hashes)}
+
+    def counts(self, name: str) -> NDArray[np.int32] | None:
+        """Per-sample `[samples]` "tokens" or "tiles" as a build with a processor counted them, None without."""
+        if not all(name in shard.counts for shard in self._shards):
+            return None
+        return np.concatenate([np.asarray(shard.counts[name], np.int32) for shard in self._shards])
 
     def _where(self, shard: ShardInfo) -> str:
         return f"{self.name}/{shard.name}"
@@ -167,38 +201,66 @@ class ShardSource:
         shard = self._shards[number]
         return shard, shard.records[i - self._ends[number] + len(shard.records)]
 
-    def _open(self) -> list[ShardInfo]:
+    def _open(self, only: str | None) -> list[ShardInfo]:
         """All shards by name: from the index where it fits the file, scanned where it does not."""
-        index = ShardIndex.load(self.path)
+        index, index_time = self._load_index()
         indexed = {shard.name: shard for shard in index.shards} if index else {}
-        names = {path.name for path in self.path.glob("*.tar")}
-        return [self._open_shard(name, indexed.get(name)) for name in sorted(names | indexed.keys())]
+        sizes = self.folder.sizes(".tar")
+        names = [name for name in sorted(sizes.keys() | indexed.keys()) if only in (None, name)]
+        return [self._open_shard(n, indexed.get(n), sizes.get(n), index_time) for n in names]
 
-    def _open_shard(self, name: str, indexed: ShardInfo | None) -> ShardInfo:
-        path = self.path / name
-        if indexed is not None:
-            if not path.exists():
-                self.problems.append(f"{self.name}/{name}: missing shard: {len(indexed.records)} samples")
-                return indexed
-            if _fits(path, indexed):
-                return indexed
-        records, problem = scan_shard(path)
+    def _load_index(self) -> tuple[ShardIndex | None, float]:
+        """The folder's index, and when it was written."""
+        try:
+            path = self.folder.local(INDEX_NAME)
+            index = ShardIndex.read(path, self.folder.local(RECORDS_NAME))
+        except FileNotFoundError as error:
+            if str(error.filename or error).endswith(RECORDS_NAME):
+                raise ValueError(
+                    f"{self.folder}: {INDEX_NAME} without {RECORDS_NAME}; delete it and the tars are scanned"
+                ) from error
+            return None, 0.0
+        return index, path.stat().st_mtime
+
+    def _open_shard(
+        self, name: str, indexed: ShardInfo | None, size: int | None, index_time: float
+    ) -> ShardInfo:
+        if size is None:
+            assert indexed is not None
+            self.problems.append(f"{self.name}/{name}: missing shard: {len(indexed.records)} samples")
+            return indexed
+        if indexed is not None and indexed.size == size and self._fits(indexed, index_time):
+            return indexed
+        with self.folder.open(name) as file:
+            records, problem = scan_tar(file, size)
         if problem is None:
-            return ShardInfo(name, path.stat().st_size, "", records)
+            return ShardInfo(name, size, "", records)
         self.problems.append(f"{self.name}/{name}: {problem}")
         if indexed is not None:  # the index still names what is lost
             return indexed
         if not any(record.problem for record in records):  # one record stands for what cannot be found
             records = (*records, Record("?", (), problem))
-        return ShardInfo(name, path.stat().st_size, "", records)
+        return ShardInfo(name, size, "", records)
+
+    def _fits(self, indexed: ShardInfo, index_time: float) -> bool:
+        """Whether the index describes a file of the same size: nobody touched the file since, or its first and last
+        sample begin where the index says."""
+        if isinstance(self.folder, RemoteFolder):
+            return True  # a request a shard is too much; each sample's own header is looked at when it is read
+        if self.folder.local(indexed.name).stat().st_mtime <= index_time:
+            return True
+        for record in (indexed.records[0], indexed.records[-1]) if len(indexed.records) else ():
+            member = record.members[-1]
+            header = self.folder.read(indexed.name, member.offset - BLOCK, member.offset)
+            if not _is_header(header, record.key, member.size):
+                return False
+        return bool(len(indexed.records))
 
     def _read(self, shard: ShardInfo, record: Record, where: str) -> dict[str, bytes]:
         """The members of one record: one read from the first member's header to the last one's end."""
         start = min(member.offset for member in record.members) - BLOCK
         try:
-            with (self.path / shard.name).open("rb", buffering=0) as file:
-                file.seek(start)
-                data = file.read(record.end() - start)
+            data = self.folder.read(shard.name, start, record.end())
         except FileNotFoundError as error:
             raise BadSample(record.key, where, "missing shard") from error
         except OSError as error:
@@ -216,19 +278,6 @@ class ShardSource:
                 )
             fields[member.field] = data[begin : begin + member.size]
         return fields
-
-
-def _fits(path: Path, indexed: ShardInfo) -> bool:
-    """Whether the index describes this file: its size, and that its first and last sample begin where it says."""
-    if path.stat().st_size != indexed.size or not indexed.records:
-        return False
-    with path.open("rb") as file:
-        for record in (indexed.records[0], indexed.records[-1]):
-            member = record.members[-1]
-            file.seek(member.offset - BLOCK)
-            if not _is_header(file.read(BLOCK), record.key, member.size):
-                return False
-    return True
 
 
 def _is_header(block: bytes, key: str, size: int) -> bool:

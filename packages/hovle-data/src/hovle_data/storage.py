@@ -1,0 +1,199 @@
+"""Files of a folder, on this machine or behind any fsspec URL (s3://, gs://, http://, memory://, ...)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path, PurePosixPath
+from secrets import token_hex
+from typing import Any, BinaryIO, cast
+
+GIB = 2**30
+
+
+def is_url(path: str | Path) -> bool:
+    return "://" in str(path)
+
+
+def cache_folder() -> Path:
+    """Where copies of remote files lie: $HOVLE_CACHE, else ~/.cache/hovle. Deleting it is always safe."""
+    return Path(os.environ.get("HOVLE_CACHE") or Path.home() / ".cache" / "hovle")
+
+
+class FileCache:
+    """Whole remote files, copied once; those used longest ago go when all take more than `max_bytes`.
+
+    A copy appears whole or not at all and processes may share the folder, neither of which fsspec's simplecache
+    promises; it has no bound either. A file that changed at its origin is another file here.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+
+    def local(self, fs: Any, path: str) -> Path:
+        """The local copy. Raises OSError when the file cannot be had."""
+        name = hashlib.sha256(f"{fs.unstrip_protocol(path)} {fs.ukey(path)}".encode()).hexdigest()[:32]
+        copy = self.folder / (name + PurePosixPath(path).suffix)
+        if not copy.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._make_room(fs.size(path) or 0)
+            part = copy.with_name(f"{copy.name}.{os.getpid()}-{token_hex(4)}.part")
+            try:
+                fs.get_file(path, str(part))
+                part.replace(copy)
+            finally:
+                part.unlink(missing_ok=True)
+        os.utime(copy)  # used now
+        return copy
+
+    def clear(self) -> int:
+        """Delete all copies; returns how many bytes they took."""
+        freed = sum(size for _, size, _ in self._files())
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return freed
+
+    def _files(self) -> list[tuple[float, int, str]]:
+        if not self.folder.is_dir():
+            return []
+        found = []
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                try:
+                    found.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
+                except FileNotFoundError:  # another process made room meanwhile
+                    continue
+        return sorted(found)
+
+    def _make_room(self, wanted: int) -> None:
+        files = self._files()
+        excess = sum(size for _, size, _ in files) + wanted - self.max_bytes
+        for _, size, path in files:
+            if excess <= 0:
+                return
+            Path(path).unlink(missing_ok=True)  # whoever has it open reads on
+            excess -= size
+
+
+class Folder:
+    """A local folder. `read`, `open` and `local` raise FileNotFoundError or another OSError."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path: str | Path = Path(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).resolve().name
+
+    def exists(self) -> bool:
+        return Path(self.path).is_dir()
+
+    def sizes(self, suffix: str) -> dict[str, int]:
+        """Sizes in bytes of the files here (not in sub-folders) whose name ends so, by name."""
+        with os.scandir(self.path) as entries:
+            return {e.name: e.stat().st_size for e in entries if e.name.endswith(suffix) and e.is_file()}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes start..stop-1 of a file; fewer where it ends before."""
+        with (Path(self.path) / name).open("rb", buffering=0) as file:
+            file.seek(start)
+            return file.read(-1 if stop is None else stop - start) or b""
+
+    def open(self, name: str) -> BinaryIO:
+        return (Path(self.path) / name).open("rb")
+
+    def local(self, name: str) -> Path:
+        """A path on this machine that holds the file."""
+        path = Path(self.path) / name
+        path.stat()
+        return path
+
+
+class RemoteFolder(Folder):
+    """A folder behind an fsspec URL.
+
+    cache_gib: None reads byte ranges, one request a sample, and keeps nothing: right for a random order over more
+        than fits on the disk. A number copies each file whole on first use and keeps that many GiB of them.
+    storage_options: for the file system, such as {"endpoint_url": ...} for s3.
+    """
+
+    def __init__(
+        self, url: str, cache_gib: float | None = None, storage_options: dict[str, Any] | None = None
+    ) -> None:
+        self.path = url.rstrip("/")
+        self.fs, self.root = _filesystem(self.path, storage_options or {})
+        self.keeps = cache_gib is not None
+        self.cache = FileCache(cache_folder() / "files", int((10 if cache_gib is None else cache_gib) * GIB))
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.root).name
+
+    def exists(self) -> bool:
+        return bool(self._try(self.fs.exists, self.root))
+
+    def sizes(self, suffix: str) -> dict[str, int]:
+        found = self._try(self.fs.ls, self.root, detail=True, refresh=True)
+        return {
+            PurePosixPath(entry["name"]).name: int(entry["size"] or 0)
+            for entry in found
+            if entry["type"] == "file" and entry["name"].endswith(suffix)
+        }
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        if self.keeps:
+            path = self.local(name)
+            return Folder(path.parent).read(path.name, start, stop)
+        return cast(bytes, self._try(self.fs.cat_file, f"{self.root}/{name}", start=start, end=stop))
+
+    def open(self, name: str) -> BinaryIO:
+        if self.keeps:
+            return self.local(name).open("rb")
+        return cast(BinaryIO, self._try(self.fs.open, f"{self.root}/{name}", "rb"))
+
+    def local(self, name: str) -> Path:
+        return cast(Path, self._try(self.cache.local, self.fs, f"{self.root}/{name}"))
+
+    def _try(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except OSError:
+            raise
+        except Exception as error:  # clients of stores raise their own: botocore's EndpointConnectionError, ...
+            raise OSError(f"{self.path}: {type(error).__name__}: {error}") from error
+
+
+def open_folder(
+    path: str | Path, cache_gib: float | None = None, storage_options: dict[str, Any] | None = None
+) -> Folder:
+    """The folder at a path or URL. Raises ValueError for a protocol that nothing installed speaks."""
+    return RemoteFolder(str(path), cache_gib, storage_options) if is_url(path) else Folder(path)
+
+
+def local_file(path: str | Path, storage_options: dict[str, Any] | None = None) -> Path:
+    """A path on this machine for a file given by path or URL. Raises FileNotFoundError or ValueError naming it."""
+    if not is_url(path):
+        if not Path(path).is_file():
+            raise FileNotFoundError(2, "No such file", str(path))
+        return Path(path)
+    folder, _, name = str(path).rpartition("/")
+    try:
+        return open_folder(folder, storage_options=storage_options).local(name)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def _filesystem(url: str, options: dict[str, Any]) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        fs, path = fsspec.url_to_fs(url, **options)
+    except ImportError as error:  # fsspec's own sentence names the package
+        hint = " (pip install 'hovle-data[s3]')" if url.startswith("s3") else ""
+        raise ValueError(f"path={url}: {error}{hint}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"path={url}: {error}") from error
+    return fs, path
