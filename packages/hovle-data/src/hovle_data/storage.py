@@ -96,6 +96,14 @@ class Folder:
         with os.scandir(self.path) as entries:
             return {e.name: e.stat().st_size for e in entries if e.name.endswith(suffix) and e.is_file()}
 
+    def walk(self, suffixes: tuple[str, ...]) -> list[str]:
+        """Names of all files here and below that end so, relative and with "/", sorted."""
+        found = []
+        for root, _, names in os.walk(self.path):
+            below = os.path.relpath(root, self.path).replace(os.sep, "/")
+            found += [n if below == "." else f"{below}/{n}" for n in names if n.lower().endswith(suffixes)]
+        return sorted(found)
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes start..stop-1 of a file; fewer where it ends before."""
         with (Path(self.path) / name).open("rb", buffering=0) as file:
@@ -143,6 +151,11 @@ class RemoteFolder(Folder):
             if entry["type"] == "file" and entry["name"].endswith(suffix)
         }
 
+    def walk(self, suffixes: tuple[str, ...]) -> list[str]:
+        found = self._try(self.fs.find, self.root)
+        names = [path.removeprefix(self.root).lstrip("/") for path in found]
+        return sorted(name for name in names if name.lower().endswith(suffixes))
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         if self.keeps:
             path = self.local(name)
@@ -162,7 +175,9 @@ class RemoteFolder(Folder):
             return call(*args, **kwargs)
         except OSError:
             raise
-        except Exception as error:  # clients of stores raise their own: botocore's EndpointConnectionError, ...
+        except (
+            Exception
+        ) as error:  # clients of stores raise their own: botocore's EndpointConnectionError, ...
             raise OSError(f"{self.path}: {type(error).__name__}: {error}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -24,7 +25,8 @@ def save_records(path: Path, records: Iterable[Record], counts: dict[str, Array]
     from safetensors.numpy import save_file
 
     table: dict[str, int] = {}
-    keys, key_ends, member_ends, fields, offsets, sizes = bytearray(), [], [], [], [], []  # type: ignore[var-annotated]
+    keys = bytearray()
+    key_ends, member_ends, fields, offsets, sizes = (array("q") for _ in range(5))
     for record in records:
         keys += record.key.encode("utf-8", "surrogateescape")
         key_ends.append(len(keys))
@@ -33,7 +35,7 @@ def save_records(path: Path, records: Iterable[Record], counts: dict[str, Array]
             offsets.append(member.offset)
             sizes.append(member.size)
         member_ends.append(len(fields))
-    arrays = {
+    arrays: dict[str, Array] = {
         "key_bytes": np.frombuffer(keys, np.uint8),
         "key_ends": np.asarray(key_ends, np.int64),
         "member_ends": np.asarray(member_ends, np.int64),
@@ -117,7 +119,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file, and where its data begin (the format is 8 bytes of length, header, data)."""
+    """The JSON header of a safetensors file (8 bytes of length, header, data), and where its data begin."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if not 0 < size < path.stat().st_size:

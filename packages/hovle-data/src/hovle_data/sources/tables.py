@@ -1,0 +1,163 @@
+"""Tables: Parquet files, and Hugging Face `datasets` saved to disk (extras: parquet, datasets)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hovle_data.schema import BadSample, Sample
+from hovle_data.sources.chats import read_image
+from hovle_data.sources.rows import parse_row
+from hovle_data.sources.spans import Chained
+from hovle_data.storage import Folder, local_file, open_folder
+
+FIELDS = ("id", "image", "images", "text", "caption", "messages", "conversations")
+
+
+class ParquetSource:
+    """A .parquet file or a folder of them. A row group is read at a time, so reading in order is fast.
+
+    columns: our name -> the table's, for {"image", "text", "messages", "id"}; without it columns called so (or
+        images, caption, conversations) are taken. A picture is its file's bytes, {"bytes", "path"}, a name
+        relative to the table's folder, or a list of these.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        columns: Mapping[str, str] | None = None,
+        name: str | None = None,
+        storage_options: dict[str, Any] | None = None,
+    ) -> None:
+        parquet = _optional("pyarrow.parquet", "parquet")
+        self.name = name or Path(str(path).rstrip("/")).stem
+        if str(path).endswith(".parquet"):
+            self.folder = open_folder(str(path).rpartition("/")[0] or ".", storage_options=storage_options)
+            files = [(local_file(path, storage_options), str(path))]
+        else:
+            self.folder = open_folder(path, storage_options=storage_options)
+            files = [(self.folder.local(n), f"{path}/{n}") for n in sorted(self.folder.sizes(".parquet"))]
+        if not files:
+            raise ValueError(f"path={path} holds no .parquet")
+        self.groups: list[tuple[str, str, int, int]] = []  # file, label, row group, its first row in the file
+        lengths = []
+        for file, label in files:
+            opened = parquet.ParquetFile(file)
+            columns = _columns(columns, opened.schema_arrow.names, label)
+            first = 0
+            for group in range(opened.num_row_groups):
+                self.groups.append((str(file), label, group, first))
+                lengths.append(opened.metadata.row_group(group).num_rows)
+                first += lengths[-1]
+        self.columns = dict(columns or {})
+        self._chained = Chained(lengths)
+
+    def __len__(self) -> int:
+        return len(self._chained)
+
+    def where(self, i: int) -> str:
+        group, j = self._chained.locate(i)
+        return f"{self.groups[group][1]}:row {self.groups[group][3] + j}"
+
+    def __getitem__(self, i: int) -> Sample:
+        group, j = self._chained.locate(i)
+        file, _, number, _ = self.groups[group]
+        try:
+            table = _row_group(file, number, tuple(self.columns.values()))
+        except OSError as error:  # pyarrow's own errors for damaged files are OSErrors
+            raise BadSample(f"{i:08d}", self.where(i), f"unreadable row group: {error}") from error
+        row = {ours: table.column(theirs)[j].as_py() for ours, theirs in self.columns.items()}
+        return row_sample(row, f"{i:08d}", self.where(i), self.folder)
+
+
+class DatasetsSource:
+    """What `datasets.Dataset.save_to_disk` wrote. split: of a DatasetDict. columns: see `ParquetSource`."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        split: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        datasets = _optional("datasets", "datasets")
+        if not Path(path).is_dir():
+            raise ValueError(f"path={path} is no folder; give one that Dataset.save_to_disk wrote")
+        table = datasets.load_from_disk(str(path))
+        if isinstance(table, datasets.DatasetDict):
+            if split not in table:
+                raise ValueError(f"split={split!r} of {path}: give one of {', '.join(table)}")
+            table = table[split]
+        self.name = name or Path(path).resolve().name
+        self.path = str(path)
+        self.columns = _columns(columns, table.column_names, str(path))
+        # arrow: rows as they are stored, pictures as their files' bytes
+        self.table = table.select_columns(sorted(set(self.columns.values()))).with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def where(self, i: int) -> str:
+        return f"{self.path}:row {i}"
+
+    def __getitem__(self, i: int) -> Sample:
+        i = range(len(self))[i]
+        row = self.table[i].to_pylist()[0]
+        return row_sample(
+            {ours: row[theirs] for ours, theirs in self.columns.items()},
+            f"{i:08d}", self.where(i), Folder(self.path),
+        )  # fmt: skip
+
+
+def row_sample(row: dict[str, Any], key: str, where: str, folder: Folder) -> Sample:
+    """A row with our column names -> Sample. Raises `BadSample`."""
+    for name in ("messages", "conversations"):  # tables often hold them as JSON
+        if isinstance(row.get(name), str):
+            try:
+                row[name] = json.loads(row[name])
+            except (ValueError, RecursionError) as error:
+                raise BadSample(key, where, f"bad json: {name}: {error}") from error
+    parsed = parse_row(row, key, where)
+    images = tuple(_image(cell, key, where, folder) for cell in parsed.images or ())
+    meta = {} if parsed.id is None else {"id": parsed.id}
+    return Sample(key, images, parsed.text, parsed.messages, meta)
+
+
+def _image(cell: Any, key: str, where: str, folder: Folder) -> bytes:
+    if isinstance(cell, Mapping):
+        cell = cell.get("bytes") if cell.get("bytes") is not None else cell.get("path")
+    return cell if isinstance(cell, bytes) else read_image(folder, cell, key, where)
+
+
+def _columns(given: Mapping[str, str] | None, present: list[str], where: str) -> dict[str, str]:
+    if given is None:
+        found = {name: name for name in FIELDS if name in present}
+        if not found:
+            raise ValueError(
+                f"{where}: say which columns to read, columns={{'text': ...}}; there are {present}"
+            )
+        return found
+    for ours, theirs in given.items():
+        if ours not in FIELDS or theirs not in present:
+            raise ValueError(
+                f"columns={{{ours!r}: {theirs!r}}} of {where}: keys are {', '.join(FIELDS)}; columns are {present}"
+            )
+    return dict(given)
+
+
+@lru_cache(maxsize=2)
+def _row_group(file: str, group: int, columns: tuple[str, ...]) -> Any:
+    return (
+        _optional("pyarrow.parquet", "parquet").ParquetFile(file).read_row_group(group, columns=list(columns))
+    )
+
+
+def _optional(module: str, extra: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{error}; pip install 'hovle-data[{extra}]'") from error

@@ -1,0 +1,279 @@
+"""Builds: what is written, the same whoever writes it, and killed ones that end as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hovle_core.cli import main
+from hovle_core.plugins import load_plugins
+from hovle_data import build as building
+from hovle_data.build import build, plan
+from hovle_data.quarantine import TooManyBadSamples
+from hovle_data.shards import ShardSource
+from hovle_data.spec import BuildSpec, SourceSpec, load_spec, open_sources
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def data(tmp_path, png):
+    """A folder of pairs and a JSONL of conversations, two of them bad."""
+    pictures = tmp_path / "pairs"
+    pictures.mkdir()
+    for i in range(23):
+        (pictures / f"{i:02d}.png").write_bytes(png(i))
+        (pictures / f"{i:02d}.txt").write_text(f"caption {i}")
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+    rows = [{"id": f"r{i}", "image": f"{i:02d}.png", "conversations": talk} for i in range(17)]
+    rows[4]["image"] = "../gone.png"
+    rows[9]["conversations"] = [talk[0], {"from": "gpt", "value": " "}]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(
+        "sources:\n- {path: pairs, name: images}\n- {path: talk.jsonl, name: llava, options: {root: pairs}}\n"
+        "samples_per_shard: 5\nmax_bad_share: 0.1\n"
+    )
+    return spec
+
+
+@pytest.fixture
+def registry():
+    return load_plugins().registry
+
+
+def test_what_is_written(data, tmp_path, png, registry):
+    spec = load_spec(data)
+    index = build(spec, open_sources(spec, registry), tmp_path / "out")
+    assert [shard.name for shard in index.shards] == [
+        *(f"pairs-{i:06d}.tar" for i in range(5)), *(f"talk-{i:06d}.tar" for i in range(4)),
+    ]  # fmt: skip
+    source = ShardSource(tmp_path / "out")
+    assert source.problems == []
+    assert len(source) == 23 + 15 == index.num_samples
+    assert source[7].images == (png(7),)
+    assert (source[7].key, source[7].text, source[7].meta) == (
+        "pairs-00000007", "caption 7", {"id": "07.png", "from": "07.png"},
+    )  # fmt: skip
+    ids = [source[i].meta["id"] for i in range(23, 38)]
+    assert ids == [f"r{i}" for i in range(17) if i not in (4, 9)]
+    assert source[23].meta["from"] == "talk.jsonl:1"
+    ledger = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(bad["source"].rpartition("/")[2], bad["reason"].partition(":")[0]) for bad in ledger] == [
+        ("talk.jsonl:5", "missing image"), ("talk.jsonl:10", "empty answer"),
+    ]  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "pairs", "spec.yaml", "talk.jsonl"]
+    with pytest.raises(ValueError, match="exists; remove it"):
+        build(spec, open_sources(spec, registry), tmp_path / "out")
+
+
+def test_the_number_of_workers_changes_nothing(data, tmp_path, registry):
+    spec = load_spec(data)
+    build(spec, open_sources(spec, registry), tmp_path / "one", workers=1)
+    build(spec, open_sources(spec, registry), tmp_path / "three", workers=3)
+    assert tree(tmp_path / "one") == tree(tmp_path / "three")
+
+
+SLOW_BUILD = """
+import sys, time
+from pathlib import Path
+from hovle_core.plugins import load_plugins
+from hovle_data import build as building
+from hovle_data.spec import load_spec, open_sources
+
+spec = load_spec(sys.argv[1])
+write = building.build_shard
+def slowly(job, task):
+    done = write(job, task)
+    time.sleep(0.3)
+    return done
+building.build_shard = slowly
+building.build(spec, open_sources(spec, load_plugins().registry), Path(sys.argv[2]))
+"""
+
+
+def kill_in_the_middle(command: list[str], folder: Path, markers: int) -> None:
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob(".work/*.tar.json"))) < markers:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_and_started_again_is_the_same_byte_for_byte(data, tmp_path, registry):
+    spec = load_spec(data)
+    build(spec, open_sources(spec, registry), tmp_path / "whole")
+    out, begun = tmp_path / "out", tmp_path / "out.building"
+    for markers in (2, 4):
+        kill_in_the_middle([sys.executable, "-c", SLOW_BUILD, str(data), str(out)], begun, markers)
+        assert not out.exists()
+    first = begun / "pairs-000000.tar"
+    untouched = first.stat().st_mtime_ns
+    (begun / "talk-000000.99.tmp").write_bytes(b"what a killed worker was writing")
+    with first.open("r+b") as file:
+        half = begun / "pairs-000001.tar"
+        os.truncate(half, half.stat().st_size // 2)  # as after a crash of the machine
+        assert file.read(1)
+    build(spec, open_sources(spec, registry), out)
+    assert (out / "pairs-000000.tar").stat().st_mtime_ns == untouched  # taken up, not written again
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_workers_do_not_outlive_a_killed_build(data, tmp_path):
+    import psutil
+
+    spec = tmp_path / "long.yaml"
+    spec.write_text("sources:\n- {path: pairs, name: images}\nsamples_per_shard: 1\n")
+    command = [
+        sys.executable,
+        "-m",
+        "hovle_core.cli",
+        "data",
+        "build",
+        str(spec),
+        str(tmp_path / "out"),
+        "--workers",
+        "2",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (children := psutil.Process(process.pid).children(recursive=True)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+    assert main(["data", "build", str(spec), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert len(ShardSource(tmp_path / "out")) == 23
+
+
+def test_other_data_is_not_mixed_into_a_build_that_began(data, tmp_path, registry, monkeypatch):
+    spec = load_spec(data)
+
+    def stop(job, task):
+        if task.name == "talk-000000.tar":
+            raise KeyboardInterrupt
+        return write(job, task)
+
+    write = building.build_shard
+    monkeypatch.setattr(building, "build_shard", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build(spec, open_sources(spec, registry), tmp_path / "out")
+    monkeypatch.undo()
+    spec.samples_per_shard = 4
+    with pytest.raises(ValueError, match="begun from other data or settings; --restart"):
+        build(spec, open_sources(spec, registry), tmp_path / "out")
+    build(spec, open_sources(spec, registry), tmp_path / "out", restart=True)
+    build(spec, open_sources(spec, registry), tmp_path / "fresh")
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def test_too_many_bad_samples_stop_it_and_mended_ones_are_taken_up(data, tmp_path, png, registry):
+    spec = load_spec(data)
+    spec.max_bad_share = 0.0
+    with pytest.raises(
+        TooManyBadSamples, match="1 bad samples so far.*1x missing image.*hovle data validate"
+    ):
+        build(spec, open_sources(spec, registry), tmp_path / "out")
+    (tmp_path / "gone.png").write_bytes(png(4))
+    spec.max_bad_share = 0.05
+    build(spec, open_sources(spec, registry), tmp_path / "out")
+    build(spec, open_sources(spec, registry), tmp_path / "fresh")
+    assert len(ShardSource(tmp_path / "out")) == 23 + 16
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def test_nothing_usable(tmp_path, registry):
+    (tmp_path / "t.jsonl").write_text('{"text": " "}\n')
+    spec = BuildSpec(sources=[SourceSpec(path=str(tmp_path / "t.jsonl"), name="text")], max_bad_share=1)
+    with pytest.raises(ValueError, match="no sample .* is usable: 1x empty text"):
+        build(spec, open_sources(spec, registry), tmp_path / "out")
+
+
+def test_only_one_build_at_a_time(data, tmp_path, registry):
+    spec = load_spec(data)
+    with (
+        building._locked(tmp_path / "out.building"),
+        pytest.raises(ValueError, match="another build is writing"),
+    ):
+        build(spec, open_sources(spec, registry), tmp_path / "out")
+    build(spec, open_sources(spec, registry), tmp_path / "out")
+
+
+class Faulty:
+    name = "faulty"
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        raise KeyError("column")
+
+
+def test_a_fault_of_a_source_names_the_sample(tmp_path):
+    spec = BuildSpec(sources=[SourceSpec(path="x", name="faulty")])
+    with pytest.raises(ValueError, match="faulty: sample 0: the source failed: KeyError: 'column'"):
+        build(spec, [Faulty()], tmp_path / "out")
+
+
+def test_tokens_and_tiles_are_counted_with_a_processor(tmp_path, encode_image_file, registry):
+    from PIL import Image
+
+    from hovle_core.testing import tiny_processor
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, size in enumerate(((56, 56), (112, 56), (112, 112))):
+        (folder / f"{i}.png").write_bytes(encode_image_file(Image.new("RGB", size)))
+        (folder / f"{i}.txt").write_text("a red square")
+    processor = tiny_processor()
+    processor.save_pretrained(tmp_path / "processor")
+    assert main(
+        ["data", "build", str(folder), str(tmp_path / "out"), "--processor", str(tmp_path / "processor"),
+         "--workers", "1", "--samples-per-shard", "2"]
+    ) == 0  # fmt: skip
+    source = ShardSource(tmp_path / "out")
+    tiles = [1, 3, 5]  # and the thumbnail
+    assert source.counts("tiles").tolist() == tiles
+    encoded = [
+        processor.encode_pair(Image.new("RGB", size), "a red square")
+        for size in ((56, 56), (112, 56), (112, 112))
+    ]
+    assert source.counts("tokens").tolist() == [len(e.input_ids) for e in encoded]
+    content = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert (content["tiles"], content["shards"][0]["tiles"]) == (9, 4)
+    assert (tmp_path / "out" / "shard").exists() is False
+
+
+def test_the_command(data, tmp_path, capsys):
+    assert main(["data", "build", str(data), str(tmp_path / "out"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "9 shards of 40 samples" in out
+    assert "talk (llava" in out
+    assert "missing image" in out
+    assert not list(tmp_path.glob("out*"))
+    assert main(["data", "build", str(data), str(tmp_path / "out"), "--workers", "2"]) == 0
+    assert "2 of 40 samples were left out" in capsys.readouterr().out
+    assert main(["data", "validate", str(tmp_path / "out"), "--workers", "1"]) == 0  # what is built is sound
+    assert main(["data", "build", str(tmp_path / "nowhere"), "x"]) == 2
+    assert main(["data", "build", str(data), "x", "--option", "a=b"]) == 2
+    assert "go into" in capsys.readouterr().err
+
+
+def test_plan_is_sorted_by_name(data, registry):
+    spec = load_spec(data)
+    tasks = plan(open_sources(spec, registry), 5)
+    assert [task.name for task in tasks] == sorted(task.name for task in tasks)
+    assert sum(task.stop - task.start for task in tasks) == 40
