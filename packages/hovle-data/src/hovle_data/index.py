@@ -13,7 +13,6 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
