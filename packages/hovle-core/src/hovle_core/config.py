@@ -9,6 +9,7 @@ from transformers.configuration_utils import SubConfigSpec
 PIXEL_SHUFFLE_LOCATIONS = ("pre", "post")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MASK_TYPES = ("causal", "image_bidirectional")
 
 
 class HolisticEmbeddingConfig(PreTrainedConfig):
@@ -16,9 +17,11 @@ class HolisticEmbeddingConfig(PreTrainedConfig):
 
     Defaults are the released HoVLE's. `pixel_shuffle_loc="pre"` shuffles patches before the blocks (HoVLE),
     `"post"` after them (HoVLE-HD). `image_size` is the side of a tile in pixels. `image_mean` and `image_std`
-    normalise tiles that arrive as uint8 (`HovleImageProcessor(do_normalize=False)`).
+    normalise tiles that arrive as uint8 (`HovleImageProcessor(do_normalize=False)`). `mask_type="causal"` is the
+    paper's; with `"image_bidirectional"` all tokens of one image (of all its tiles) see each other in the blocks, while
+    text and the LLM stay causal.
 
-    Raises ValueError when the sizes cannot fit together (heads, patches, shuffle).
+    Raises ValueError for an unknown choice, and when the sizes cannot fit together (heads, patches, shuffle).
     """
 
     model_type = "holistic_embedding"
@@ -48,6 +51,7 @@ class HolisticEmbeddingConfig(PreTrainedConfig):
     pixel_shuffle_loc: str = "pre"
     image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
     image_std: list[float] | tuple[float, ...] = IMAGENET_STD
+    mask_type: str = "causal"
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
@@ -58,6 +62,8 @@ class HolisticEmbeddingConfig(PreTrainedConfig):
             raise ValueError(
                 f"pixel_shuffle_loc must be one of {PIXEL_SHUFFLE_LOCATIONS}, got {self.pixel_shuffle_loc!r}"
             )
+        if self.mask_type not in MASK_TYPES:
+            raise ValueError(f"mask_type must be one of {MASK_TYPES}, got {self.mask_type!r}")
         if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must divide by num_attention_heads {self.num_attention_heads}, "

@@ -8,11 +8,23 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def place_image_tokens(embeds: Tensor, is_image: Tensor, image_tokens: Tensor) -> Tensor:
     """`embeds [B, T, D]` with the rows where `is_image [B, T]` replaced by `image_tokens [M, D]`, in order."""
     return embeds.masked_scatter(is_image.unsqueeze(-1), image_tokens.to(embeds.dtype))
+
+
+def number_images(is_image: Tensor, position_ids: Tensor, past: int = 0) -> Tensor:
+    """`is_image [B, T]` -> `[B, past + T]`: which image of its row a token belongs to, -1 for text and what is cached.
+
+    An image is a run of placeholders, over all its tiles; where `position_ids [B, T]` restart another sample begins.
+    """
+    restarts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
+    before = F.pad(is_image, (1, -1))
+    starts = is_image & (~before | restarts)
+    return F.pad(torch.where(is_image, starts.long().cumsum(1) - 1, -1), (past, 0), value=-1)
 
 
 def check_placeholders(num_placeholders: int, num_tiles: int, tokens_per_tile: int) -> None:

@@ -17,11 +17,20 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from hovle_core.attention import Packing
+from hovle_core.attention import PACKED_ATTENTION
 from hovle_core.config import HolisticEmbeddingConfig
-from hovle_core.fusion import Expansion, check_placeholders, expand_placeholders, place_image_tokens
+from hovle_core.fusion import (
+    Expansion,
+    check_placeholders,
+    expand_placeholders,
+    number_images,
+    place_image_tokens,
+)
 from hovle_core.layers import RMSNorm, TransformerBlock
 from hovle_core.patch_embed import PatchEmbed, PixelShuffleProjection
+
+# Attention implementations that take any mask; flash attention knows only causal.
+MASKED_ATTENTION = ("eager", "sdpa", "flex_attention", PACKED_ATTENTION)
 
 
 class HolisticEmbedding(PreTrainedModel):
@@ -83,15 +92,27 @@ class HolisticEmbedding(PreTrainedModel):
         attention_mask: Tensor | None,
         position_ids: Tensor,
         past_key_values: Cache | None = None,
+        is_image: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The causal stack alone, `[B, E, D] -> [B, E, D]`."""
+        """The stack alone, `[B, E, D] -> [B, E, D]`. `is_image [B, E]` matters to `mask_type="image_bidirectional"`:
+        None where there are no pictures.
+
+        Raises ValueError if the attention implementation, or a ready 4D mask, cannot hold that mask type.
+        """
+        image_ids = None
+        if self.config.mask_type != "causal":
+            self._check_mask_type(attention_mask)
+            if is_image is not None:
+                past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+                image_ids = number_images(is_image, position_ids.expand(is_image.shape), past)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
+            block_sequence_ids=image_ids,
         )
         position_embeddings = self.rotary_emb(x, position_ids=position_ids)
         for layer in self.layers:
@@ -105,6 +126,20 @@ class HolisticEmbedding(PreTrainedModel):
             )
         return x
 
+    def _check_mask_type(self, attention_mask: Tensor | None) -> None:
+        chosen = f"embedding_config.mask_type is {self.config.mask_type!r}"
+        implementation = self.config._attn_implementation
+        if implementation not in MASKED_ATTENTION:
+            raise ValueError(
+                f"{chosen}, which attn_implementation {implementation!r} cannot mask; choose one of {MASKED_ATTENTION} "
+                'for the embedding, e.g. attn_implementation={"embedding_config": "sdpa", "text_config": '
+                f"{implementation!r}}}"
+            )
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(
+                f"{chosen}, but attention_mask is ready-made ({attention_mask.ndim}D): pass the 2D padding mask"
+            )
+
     def forward(
         self,
         input_ids: Tensor,
@@ -113,7 +148,6 @@ class HolisticEmbedding(PreTrainedModel):
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        packing: Packing | None = None,
         expansion: Expansion | None = None,
     ) -> Tensor:
         """`is_image [B, T]` marks the placeholders. `attention_mask [B, past + T]` and `position_ids [B, T]` are
@@ -128,7 +162,8 @@ class HolisticEmbedding(PreTrainedModel):
         if self.config.block_tokens_per_placeholder == 1:
             if images is not None:
                 x = place_image_tokens(x, is_image, images.flatten(0, 1))
-            return self.blocks(x, attention_mask, position_ids, past_key_values, packing=packing)
+            pictures = None if images is None else is_image
+            return self.blocks(x, attention_mask, position_ids, past_key_values, pictures)
         return self._forward_post(
             x, is_image, images, position_ids, attention_mask, past_key_values, expansion
         )
@@ -159,17 +194,12 @@ class HolisticEmbedding(PreTrainedModel):
         if images is not None:
             wide = place_image_tokens(wide, wide_is_image, images.flatten(0, 1))
         padded = not bool(expansion.attention_mask.all())
-        packing = (
-            None
-            if padded or past_key_values is not None
-            else Packing.from_position_ids(expansion.position_ids)
-        )
         wide = self.blocks(
             wide,
             expansion.attention_mask if padded else None,
             expansion.position_ids,
             past_key_values,
-            packing=packing,
+            None if images is None else wide_is_image,
         )
         real = expansion.attention_mask[:, -wide.shape[1] :].bool()
         out = torch.zeros_like(x)

@@ -21,7 +21,6 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hovle_core import attention
-from hovle_core.attention import Packing
 from hovle_core.cache import grow_in_place
 from hovle_core.config import HolisticEmbeddingConfig, HovleConfig
 from hovle_core.fusion import Expansion, expand_placeholders
@@ -157,25 +156,8 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """The holistic embedding's output, the LLM's `inputs_embeds [B, T, D]`. Arguments as in `forward`."""
         position_ids = self._positions(input_ids, attention_mask, position_ids, past_key_values)
-        packing = (
-            Packing.from_position_ids(position_ids)
-            if attention_mask is None and past_key_values is None
-            else None
-        )
-        return self._embed(
-            input_ids, pixel_values, attention_mask, position_ids, past_key_values, packing, expansion
-        )
-
-    def _embed(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor,
-        past_key_values: Cache | None,
-        packing: Packing | None,
-        expansion: Expansion | None,
-    ) -> Tensor:
+        stacks = (self.embedding.config._attn_implementation, self.language_model.config._attn_implementation)
+        attention.check_packing(position_ids, attention_mask, past_key_values is not None, stacks)
         return self.embedding(
             input_ids,
             input_ids == self.config.image_token_id,
@@ -183,7 +165,6 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             position_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            packing=packing,
             expansion=expansion,
         )
 
@@ -219,15 +200,21 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: `[B, T]`, with `tokens_per_tile` placeholders for each tile, in order (for HoVLE-HD too).
         pixel_values: `[N, 3, S, S]`, normalised tiles of all samples in order; None for text only.
         attention_mask: `[B, past + T]`, 0 at padding (pad on the left to generate).
-        position_ids: `[B, T]`; restarts without attention_mask and cache mark packed samples, which then cannot see
-            each other.
+        position_ids: `[B, T]`; restarts mark packed samples, which then cannot see each other, whatever the attention
+            implementation. They go without attention_mask and cache.
         labels: `[B, T]`, -100 where there is no target; gives the mean loss over targets (`num_items_in_batch`, a
             transformers keyword, sets another divisor).
         logits_to_keep: as in transformers; an index `[K]` computes logits at those positions only.
         expansion: the blocks' view of a padded HoVLE-HD batch behind a cache; made by `generate`.
 
-        Raises ValueError if placeholders and tiles disagree (with both counts), or if packed rows meet a cache.
+        Raises ValueError if placeholders and tiles disagree (with both counts), or if packed rows meet a cache or an
+        attention_mask.
         """
+        if kwargs.get("cu_seq_lens_q") is not None and position_ids is None:
+            raise ValueError(
+                "cu_seq_lens_q is given without position_ids: packed samples are told by position_ids that restart, "
+                "which every attention implementation reads; pass both, or position_ids alone"
+            )
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
         blocks_cache = llm_cache = None
@@ -235,17 +222,8 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             grow_in_place(past_key_values)
             blocks_cache, llm_cache = self._split(past_key_values)
         position_ids = self._positions(input_ids, attention_mask, position_ids, llm_cache)
-        packing = (
-            Packing.from_position_ids(position_ids)
-            if attention_mask is None and input_ids.shape[1] > 1
-            else None
-        )
-        if packing is not None and past_key_values is not None:
-            raise ValueError(
-                "position_ids restart (packed samples) but use_cache is on: pass use_cache=False"
-            )
-        inputs_embeds = self._embed(
-            input_ids, pixel_values, attention_mask, position_ids, blocks_cache, packing, expansion
+        inputs_embeds = self.embed(
+            input_ids, pixel_values, attention_mask, position_ids, blocks_cache, expansion
         )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -255,7 +233,6 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             labels=labels,
             use_cache=past_key_values is not None,
             logits_to_keep=logits_to_keep,
-            packing=packing,
             **kwargs,
         )
         outputs.past_key_values = past_key_values  # the whole cache, not the LLM's view of it

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hovle_core.attention import Packing
 from hovle_core.losses import IGNORE_INDEX
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import Encoded, HovleProcessor
@@ -54,7 +53,7 @@ def target_losses(
 ) -> list[tuple[float, int]]:
     """(summed negative log likelihood in nats, number of targets) of each sample, in order.
 
-    `model` is a HoVLE, or the bare LLM for samples without pictures; its attention must be `hovle_packed`.
+    `model` is a HoVLE, or the bare LLM for samples without pictures.
     """
     named = [Encoded(s.input_ids, s.labels, s.tiles, key=str(i)) for i, s in enumerate(samples)]
     results: list[tuple[float, int]] = [(0.0, 0)] * len(samples)
@@ -80,8 +79,7 @@ def target_losses(
 def _inputs(model: nn.Module, batch: PackedBatch, processor: HovleProcessor) -> dict[str, Any]:
     if isinstance(model, HovleForConditionalGeneration):
         return model_inputs(batch, processor)
-    packing = Packing.from_position_ids(batch.position_ids)
-    return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "packing": packing}
+    return {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
 
 
 def perplexity(

@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hovle_core.attention import Packing
 from hovle_core.config import HolisticEmbeddingConfig
 from hovle_core.losses import next_token_loss
 from hovle_core.processor import Encoded, HovleProcessor
@@ -58,11 +57,7 @@ class LanguageModeling(Stage):
     def loss(
         self, module: PreTrainedModel, batch: PackedBatch, totals: dict[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        inputs = {
-            "input_ids": batch.input_ids,
-            "position_ids": batch.position_ids,
-            "packing": Packing.from_position_ids(batch.position_ids),
-        }
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
         loss = next_token_loss(module, inputs, batch.labels)
         return loss / totals["loss"], {"loss": loss.detach()}
 
