@@ -27,6 +27,7 @@ from hovle_core.fusion import Expansion, expand_placeholders
 from hovle_core.holistic_embedding import HolisticEmbedding
 from hovle_core.hub import HUB_ARGUMENTS, local_folder
 from hovle_core.layers import TransformerBlock
+from hovle_core.losses import IGNORE_INDEX, causal_lm_loss
 from hovle_core.official import is_released, read_released_config
 from hovle_core.official_tensors import load_released
 
@@ -203,8 +204,9 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         position_ids: `[B, T]`; restarts mark packed samples, which then cannot see each other, whatever the attention
             implementation. They go without attention_mask and cache.
         labels: `[B, T]`, -100 where there is no target; gives the mean loss over targets (`num_items_in_batch`, a
-            transformers keyword, sets another divisor).
-        logits_to_keep: as in transformers; an index `[K]` computes logits at those positions only.
+            transformers keyword, sets another divisor). In training there are then no logits: the head runs at the
+            targets only.
+        logits_to_keep: as in transformers; an index `[K]` computes logits at those positions only, an empty one none.
         expansion: the blocks' view of a padded HoVLE-HD batch behind a cache; made by `generate`.
 
         Raises ValueError if placeholders and tiles disagree (with both counts), or if packed rows meet a cache or an
@@ -225,16 +227,20 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs_embeds = self.embed(
             input_ids, pixel_values, attention_mask, position_ids, blocks_cache, expansion
         )
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=llm_cache,
-            labels=labels,
-            use_cache=past_key_values is not None,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+        inputs = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": llm_cache,
+            "use_cache": past_key_values is not None,
+        }
+        no_logits = isinstance(logits_to_keep, Tensor) and logits_to_keep.numel() == 0
+        if labels is not None and (self.training or no_logits):
+            divisor = kwargs.pop("num_items_in_batch", None)
+            loss = causal_lm_loss(self.language_model, labels, **inputs, **kwargs)
+            loss = loss / ((labels[:, 1:] != IGNORE_INDEX).sum() if divisor is None else divisor)
+            return CausalLMOutputWithPast(loss=loss, past_key_values=past_key_values)
+        outputs = self.language_model(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         outputs.past_key_values = past_key_values  # the whole cache, not the LLM's view of it
         return outputs
 
