@@ -375,3 +375,13 @@ def test_a_finished_run_is_a_source(own, tmp_path):
     shutil.move(own, tmp_path / "run" / "final")
     assert run(tmp_path / "run", tmp_path / "out", "--to", "released") == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("name", "value"), [("mask_type", "image_bidirectional"), ("image_mean", [0.5] * 3)])
+def test_what_the_released_code_cannot_do_is_refused(name, value):
+    config = tiny_hovle().config
+    setattr(config.embedding_config, name, value)
+    with pytest.raises(
+        ValueError, match=f"embedding_config.{name} is .*keep this checkpoint in hovle's own format"
+    ):
+        config_to_released(config)

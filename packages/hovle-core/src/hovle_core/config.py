@@ -54,6 +54,8 @@ class HolisticEmbeddingConfig(PreTrainedConfig):
     mask_type: str = "causal"
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # As they come back from JSON.
+        self.image_mean, self.image_std = list(self.image_mean), list(self.image_std)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from hovle_core.config import HolisticEmbeddingConfig, HovleConfig
+from hovle_core.config import IMAGENET_MEAN, IMAGENET_STD, HolisticEmbeddingConfig, HovleConfig
 
 if TYPE_CHECKING:
     from hovle_core.image_processor import HovleImageProcessor
@@ -39,6 +39,8 @@ _EMBEDDING_SWITCHES = {
     "use_ls": False,
     "mlp_bias": False,
 }
+# What the released code does without being told.
+_UNSAID = {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD), "mask_type": "causal"}
 # What the released code wants to be told of a HoVLE that was not made from a released one.
 _NEW_EMBEDDING = {
     **_EMBEDDING_SWITCHES,
@@ -186,6 +188,12 @@ def _written(config: HovleConfig, image_processor: "HovleImageProcessor | None")
             )
     dtype = {} if config.dtype is None else {"torch_dtype": str(config.dtype).removeprefix("torch.")}
     blocks = _old_fields(embedding)
+    for name, value in _UNSAID.items():
+        if blocks.pop(name) != value:
+            raise ValueError(
+                f"embedding_config.{name} is {getattr(embedding, name)!r}, and the released code knows only {value!r}: "
+                "keep this checkpoint in hovle's own format"
+            )
     return {
         **_NEW_TOP,
         "embedding_config": {
