@@ -379,7 +379,7 @@ def test_a_finished_run_is_a_source(own, tmp_path):
 
 @pytest.mark.parametrize(("name", "value"), [("mask_type", "image_bidirectional"), ("image_mean", [0.5] * 3)])
 def test_what_the_released_code_cannot_do_is_refused(name, value):
-    config = tiny_hovle().config
+    config = tiny_hovle(tiny_tokenizer()).config
     setattr(config.embedding_config, name, value)
     with pytest.raises(
         ValueError, match=f"embedding_config.{name} is .*keep this checkpoint in hovle's own format"
