@@ -154,6 +154,8 @@ rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 value = {str(rank): [rank, *range(30 * rank)], "ü": None}
 assert Runtime(rank, 2).gather(value) == [{"0": [0], "ü": None}, {"1": [1, *range(30)], "ü": None}]
+dist.barrier()
+dist.destroy_process_group()  # else gloo's threads may outlive the interpreter, which aborts
 """
 
 
