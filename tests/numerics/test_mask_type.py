@@ -87,9 +87,11 @@ def test_one_token_an_image_is_causal(tokenizer, implementation):
     torch.testing.assert_close(bidirectional, causal, atol=1e-6, rtol=1e-6)
 
 
-def test_an_image_behind_a_cache_equals_one_forward(tokenizer):
+@pytest.mark.parametrize("location", ["pre", "post"])
+@pytest.mark.parametrize("mask_type", ["causal", "image_bidirectional"])
+def test_an_image_behind_a_cache_equals_one_forward(tokenizer, location, mask_type):
     """A second turn with a picture of its own, as chats have them."""
-    model = tiny_hovle(tokenizer, mask_type="image_bidirectional")
+    model = tiny_hovle(tokenizer, mask_type=mask_type, pixel_shuffle_loc=location)
     whole = batch(model, packed=False)
     ids, pixels = whole["input_ids"], whole["pixel_values"]
     with torch.no_grad():
@@ -97,6 +99,21 @@ def test_an_image_behind_a_cache_equals_one_forward(tokenizer):
         first = model(input_ids=ids[:, :12], pixel_values=pixels[:2], use_cache=True)
         second = model(input_ids=ids[:, 12:], pixel_values=pixels[2:], past_key_values=first.past_key_values)
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_padded_rows_behind_an_hd_cache_are_refused(tokenizer):
+    """How far each row's pictures expand is not known there; without an error they would be put in the wrong places."""
+    model = tiny_hovle(tokenizer, pixel_shuffle_loc="post")
+    whole = batch(model, packed=False)
+    ids, pixels = whole["input_ids"][:, 12:], whole["pixel_values"][2:]
+    first = model(input_ids=torch.ones(2, 3, dtype=torch.long), use_cache=True)
+    unlike = torch.cat([ids, torch.full_like(ids, 7)])  # a picture in one row only
+    with pytest.raises(ValueError, match="rows are padded behind a HoVLE-HD cache"):
+        model(input_ids=unlike, pixel_values=pixels, past_key_values=first.past_key_values)
+    mask = torch.ones(2, 4, dtype=torch.long)
+    mask[0, 0] = 0
+    with pytest.raises(ValueError, match="rows are padded behind a HoVLE-HD cache"):
+        model(input_ids=torch.full((2, 1), 7), attention_mask=mask, past_key_values=first.past_key_values)
 
 
 def test_images_are_numbered_by_runs_and_samples():

@@ -1,11 +1,11 @@
-"""`model.tokenizer`: a provider by name, through the registry and a whole run."""
+"""What a recipe's `model` builds: a tokenizer's provider by name, and a processor that fits the embedding."""
 
 import pytest
 
 from hovle_core import HovleProcessor
 from hovle_core.registry import Provider, Spec
 from hovle_core.testing import tiny_tokenizer
-from hovle_train.build import build_tokenizer
+from hovle_train.build import build_hovle, build_tokenizer
 from hovle_train.loop import Trainer
 from hovle_train.runtime import Runtime
 
@@ -44,6 +44,15 @@ def test_a_run_encodes_with_the_tokenizer_of_its_recipe(stage, make_recipe, plug
         # A finished run is a tokenizer's folder as well.
         again = with_tokenizer(make_recipe, name="transformers", options={"path": str(recipe.path)})
         assert build_tokenizer(again.model, plugins.registry)(TEXT) == tokenizer(TEXT)
+
+
+def test_pictures_are_normalised_as_the_embedding_says(make_recipe, plugins):
+    model = make_recipe("alignment").model.model_dump()
+    model["embedding"] |= {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    hovle, processor = build_hovle(make_recipe("alignment", model=model).model, plugins.registry, 0)
+    config = hovle.config.embedding_config
+    assert processor.image_processor.image_mean == config.image_mean == [0.5, 0.4, 0.3]
+    assert processor.image_processor.image_std == config.image_std == [0.2, 0.3, 0.4]
 
 
 def test_picture_tokens_are_added(make_recipe, plugins, other):

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
@@ -182,7 +183,9 @@ class HolisticEmbedding(PreTrainedModel):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if expansion is None:
             if past:
-                expansion = text_after_cache(x, past, attention_mask)
+                expansion = after_cache(
+                    is_image, self.config.block_tokens_per_placeholder, past, attention_mask
+                )
             else:
                 # position_ids say something only about packing, and only where nothing is padded.
                 restarts = position_ids if attention_mask is None else None
@@ -211,17 +214,17 @@ class HolisticEmbedding(PreTrainedModel):
         return place_image_tokens(out, is_image, self.pixel_shuffle_proj(tiles).flatten(0, 1))
 
 
-def text_after_cache(x: Tensor, past: int, attention_mask: Tensor | None) -> Expansion:
-    """The blocks' view of text `x [B, T, D]` that follows `past` cached block tokens.
+def after_cache(is_image: Tensor, repeats: int, past: int, attention_mask: Tensor | None) -> Expansion:
+    """The blocks' view of text and pictures `is_image [B, T]` that follow `past` cached block tokens.
 
-    Raises ValueError where rows are padded: how far each row's pictures expand is then not known from here.
-    `generate` passes it on its own.
+    Raises ValueError where rows are padded or their new pictures expand unlike: how far each row's pictures expand is
+    then not known from here. `generate` passes it on its own.
     """
-    if attention_mask is not None and not bool(attention_mask.all()):
+    new = expand_placeholders(is_image, repeats)
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if padded or not bool(new.attention_mask.all()):
         raise ValueError(
-            "attention_mask has padding behind a HoVLE-HD cache: pass `expansion` (as generate does), since rows "
-            "with unlike numbers of tiles have unlike padding in the embedding blocks"
+            "rows are padded behind a HoVLE-HD cache (attention_mask, or unlike numbers of tiles): pass `expansion` (as "
+            "generate does), since such rows have unlike padding in the embedding blocks"
         )
-    B, T, _ = x.shape
-    steps = torch.arange(T, device=x.device).expand(B, T)
-    return Expansion(steps, torch.ones(B, past + T, dtype=torch.long, device=x.device), steps + past)
+    return Expansion(new.source, F.pad(new.attention_mask, (past, 0), value=1), new.position_ids + past)

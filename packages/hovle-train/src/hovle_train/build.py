@@ -74,7 +74,12 @@ def build_processor(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, embedding: HolisticEmbeddingConfig
 ) -> HovleProcessor:
     """The processor that goes with an embedding."""
-    image_processor = HovleImageProcessor(tile_size=embedding.image_size, **config.image.model_dump())
+    image_processor = HovleImageProcessor(
+        tile_size=embedding.image_size,
+        image_mean=embedding.image_mean,
+        image_std=embedding.image_std,
+        **config.image.model_dump(),
+    )
     return HovleProcessor(image_processor, tokenizer, tokens_per_tile=embedding.tokens_per_tile)
 
 
