@@ -25,8 +25,10 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             hint = f"did you mean {near[0]!r}?" if near else f"known keys are {sorted(known)}"
             lines.append(f"  {where}: unknown key, {hint}")
         else:
-            given = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
-            lines.append(f"  {where}: {problem['msg']}{given}")
+            # Our own validators say which value they mean.
+            own = problem["type"] in ("missing", "value_error")
+            given = "" if own else f", got {problem['input']!r}"
+            lines.append(f"  {where}: {problem['msg'].removeprefix('Value error, ')}{given}")
     return "\n".join(lines)
 
 

@@ -93,9 +93,9 @@ def histogram(title: str, values: Sequence[int]) -> str:
 
 
 def _table(statistics: Statistics) -> str:
-    rows = [(kind, count, "") for kind, count in sorted(statistics.kinds.items())]
+    rows: list[tuple[str, int, str]] = [(kind, count, "") for kind, count in sorted(statistics.kinds.items())]
     reasons = Counter(bad.category for bad in statistics.bad)
-    rows += [(f"bad: {reason}", count, " class=bad") for reason, count in reasons.most_common()]  # type: ignore[misc]
+    rows += [(f"bad: {reason}", count, " class=bad") for reason, count in reasons.most_common()]
     cells = "".join(f"<tr{style}><td>{escape(what)}</td><td>{count}</td></tr>" for what, count, style in rows)
     return f"<table><tr><th>kind</th><th>samples</th></tr>{cells}</table>"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Iterable, Sequence
+from operator import eq
 from pathlib import Path
 from typing import Any, overload
 
@@ -109,13 +110,7 @@ class StoredRecords(Sequence[Record]):
         return self.file.record(self.start + range(len(self))[i])  # range checks the bounds
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(_same, self, other))
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _same(one: Any, other: Any) -> bool:
-    return bool(one == other)
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:

@@ -1,24 +1,18 @@
 """Recipes: what a run is, in YAML, checked before anything starts. Unknown keys are errors that suggest a right one."""
 
-import difflib
 import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hovle_core.registry import Registry, did_you_mean
 from hovle_data.mixture import check_weight
+from hovle_data.sections import Section, explain
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
-
-
-class Section(BaseModel):
-    """A part of a recipe: no unknown keys, no silent conversions of what was meant."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
 class Named(Section):
@@ -284,32 +278,3 @@ def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise ValueError(f"{source} is not valid:\n" + explain(error, Recipe)) from None
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """A pydantic error, one line a problem, with the nearest known key where one is misspelt."""
-    lines = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            known = _fields_at(model, problem["loc"][:-1])
-            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys are {sorted(known)}"
-            lines.append(f"  {where}: unknown key, {hint}")
-        else:
-            # Our own validators say which value they mean.
-            own = problem["type"] in ("missing", "value_error")
-            given = "" if own else f", got {problem['input']!r}"
-            lines.append(f"  {where}: {problem['msg'].removeprefix('Value error, ')}{given}")
-    return "\n".join(lines)
-
-
-def _fields_at(model: type[BaseModel], location: tuple) -> list[str]:
-    current: Any = model
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = current.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        current = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(current.model_fields)

@@ -18,9 +18,10 @@ from hovle_core.registry import Registry
 from hovle_data.mixture import Mixture, Weight
 from hovle_data.packing import PackedBatch
 from hovle_data.quarantine import Ledger
+from hovle_data.sections import Section, explain
 from hovle_data.streams import Stream
 from hovle_train.build import build_hovle
-from hovle_train.config import Recipe, Section, Source, explain
+from hovle_train.config import Recipe, Source
 from hovle_train.runtime import Runtime
 
 Progress = Callable[[str, int, int], None]

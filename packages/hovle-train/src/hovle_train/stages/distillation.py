@@ -29,9 +29,10 @@ from hovle_data.decode import decode_image
 from hovle_data.packing import PackedBatch, pack
 from hovle_data.quarantine import Ledger
 from hovle_data.schema import BadSample
+from hovle_data.sections import Section
 from hovle_data.streams import Stream, UnpairedStream
 from hovle_train.build import build_hovle
-from hovle_train.config import Named, Section
+from hovle_train.config import Named
 from hovle_train.features import TeacherFeatures
 from hovle_train.runtime import Runtime
 from hovle_train.stages.base import Progress, Stage, model_inputs, save_hovle
