@@ -18,6 +18,17 @@ def normalize_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]
     return (pixels.float() - shift) / scale
 
 
+def to_patches(pixels: Tensor, size: int) -> tuple[Tensor, int, int]:
+    """`[N, C, H, W]` -> patches `[N, rows · columns, C · size²]` row by row, and (rows, columns).
+
+    What does not fill a patch at the right and at the bottom is left out, as a convolution does.
+    """
+    n, channels, height, width = pixels.shape
+    rows, columns = height // size, width // size
+    x = pixels[..., : rows * size, : columns * size].reshape(n, channels, rows, size, columns, size)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(n, rows * columns, channels * size**2), rows, columns
+
+
 def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
     """Merge factor x factor neighbouring tokens into the channels: `[N, P, D] -> [N, P / s², D · s²]`.
 
@@ -82,5 +93,7 @@ class PatchEmbed(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         if pixel_values.dtype == torch.uint8:
             pixel_values = normalize_pixels(pixel_values, self.image_mean, self.image_std)
-        x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # [N, D, rows, columns]
-        return x.flatten(2).transpose(1, 2) + self.positions(x.shape[2], x.shape[3])
+        conv = self.patch_embedding
+        patches, rows, columns = to_patches(pixel_values.to(conv.weight.dtype), conv.kernel_size[0])
+        # Patches do not overlap, so the convolution is a matrix product; as such its backward is several times faster.
+        return F.linear(patches, conv.weight.flatten(1), conv.bias) + self.positions(rows, columns)
