@@ -1,4 +1,8 @@
-"""Runners: the loop on Ray Train, or in this process. Both call `Trainer.run`; Ray adds workers and restarts."""
+"""Runners: the loop on Ray Train, or in this process. Both call `Trainer.run`; Ray adds workers and restarts.
+
+The loop, and transformers with it, is imported where it runs: Ray's controller reads this module, too, and every
+stage would wait for that.
+"""
 
 import json
 import logging
@@ -14,7 +18,6 @@ from hovle_core.plugins import load_plugins
 from hovle_train.config import Recipe
 from hovle_train.export import git_commit, write_json
 from hovle_train.lineage import absolute
-from hovle_train.loop import Trainer
 from hovle_train.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,8 @@ def run_local(recipe: Recipe) -> None:
         raise ValueError(
             f"resources.num_workers is {recipe.resources.num_workers}, but --local is one process"
         )
+    from hovle_train.loop import Trainer
+
     device = torch.device("cuda" if recipe.resources.use_gpu else "cpu")
     Trainer(recipe, load_plugins(), Runtime(device=device), commit=git_commit()).run()
 
@@ -57,14 +62,11 @@ def run_on_ray(recipe: Recipe) -> None:
     `run_dir`, which all workers must share. Raises ray.train's TrainingFailedError after that. What a restart cannot
     mend (a bad recipe, unreadable data, a loss that is not finite) is not tried again, and raises RecipeError.
     """
-    for name, value in RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    start_ray()
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    if not ray.is_initialized():
-        start_ray()
     resources = recipe.resources
     cpus = resources.cpus_per_worker or max(
         1, int(ray.cluster_resources().get("CPU", 1)) // resources.num_workers
@@ -97,13 +99,20 @@ def run_on_ray(recipe: Recipe) -> None:
 
 
 def start_ray() -> None:
-    """Connect to `RAY_ADDRESS`, or start Ray on this machine without its dashboard.
+    """Connect to `RAY_ADDRESS`, or start Ray on this machine without its dashboard; nothing if that is done already.
 
     Workers' own prints stay in Ray's logs: a run tells of itself through its folder. HOVLE_DEBUG=1 shows them.
     """
+    address = os.environ.get("RAY_ADDRESS")
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not address:
+        # It waits for a cluster to take nodes away; this is one machine, and one process less to start a stage.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray
 
-    address = os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized():
+        return
     debug = os.environ.get("HOVLE_DEBUG", "0") not in ("", "0")
     ray.init(
         address=address or "local",
@@ -119,6 +128,8 @@ def _worker(config: dict[str, Any]) -> None:
     import ray.train
     from ray.train import Checkpoint
     from ray.train.torch import get_device
+
+    from hovle_train.loop import Trainer
 
     context = ray.train.get_context()
 
