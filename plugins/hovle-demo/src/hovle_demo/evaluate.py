@@ -253,7 +253,7 @@ def _teachers(
 
 def _language(result: Evaluation, finished: dict[str, Models], llm: Path, shards: Path) -> None:
     """Does the LLM keep its language? Perplexity on prose about countries that no stage has read."""
-    texts = _heldout_texts(shards)[::2]
+    texts = _heldout_texts(shards)[::4]
     plain = AutoModelForCausalLM.from_pretrained(
         llm, dtype=torch.float32, attn_implementation=PACKED_ATTENTION
     )

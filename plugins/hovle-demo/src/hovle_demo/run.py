@@ -39,8 +39,8 @@ LLM_OVERRIDES: dict[str, tuple[str, ...]] = {
         "alignment.train.global_batch_size=32",
         # It was taught no easy-VQA in words: chats about it would have the embedding bend words until it answers.
         "alignment.data.sources=[{path: runs/demo/prepared/shards/captions, weight: 16}, "
-        "{path: runs/demo/prepared/shards/captions_flags, weight: 1}, "
-        "{path: runs/demo/prepared/shards/text, weight: 3}, {path: runs/demo/prepared/shards/chat_text, weight: 3}]",
+        "{path: runs/demo/prepared/shards/captions_flags, weight: 0.25}, "
+        "{path: runs/demo/prepared/shards/text, weight: 0.5}, {path: runs/demo/prepared/shards/chat_text, weight: 3}]",
         "instruction_tuning.optim.name=adamw",
         "instruction_tuning.optim.lr=1e-3",
         "instruction_tuning.optim.lr_factors={language_model.*: 0.1, embedding.embed_tokens.*: 0.02, "
