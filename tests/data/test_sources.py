@@ -276,6 +276,10 @@ def test_spec_errors_name_the_key_that_was_meant(tmp_path, pictures, registry):
     spec.write_text("sources:\n" + "- {path: pictures, name: images}\n" * 2)
     with pytest.raises(ValueError, match="sources share the name 'pictures'"):
         open_sources(load_spec(spec), registry)
+    spec.write_text(
+        "sources:\n- {path: pictures, name: images}\n- {path: pictures, name: images, options: {name: b}}\n"
+    )
+    assert [source.name for source in open_sources(load_spec(spec), registry)] == ["pictures", "b"]
     spec.write_text("sources:\n- {path: gone, name: llava}\n")
     with pytest.raises(ValueError, match=r"sources\.0 .*gone\): No such file"):
         open_sources(load_spec(spec), registry)

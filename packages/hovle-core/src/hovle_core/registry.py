@@ -127,7 +127,7 @@ class Registry:
         """``(distribution, version)`` that provides ``name``."""
         return self._find(kind, name)[1]
 
-    def build(self, kind: str, name: str, **kwargs: Any) -> Any:
+    def build(self, kind: str, name: str, /, **kwargs: Any) -> Any:
         """Call the spec's target with its own kwargs, overridden by ``kwargs``.
 
         Arguments that the target does not take are a ``ValueError`` that lists those it takes.
