@@ -196,8 +196,30 @@ def test_source_refuses_what_is_no_folder_of_tars(tmp_path):
     with pytest.raises(ValueError, match=r"index\.json: not a shard index"):
         ShardSource(tmp_path)
     (tmp_path / "index.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"index\.json without index\.safetensors"):
+    with pytest.raises(ValueError, match=r"index\.json: not a shard index"):
         ShardSource(tmp_path)
+
+
+def test_index_files_that_do_not_belong_together(tmp_path, texts):
+    for name in "ab":
+        write_shards(texts(3 if name == "a" else 4), tmp_path / name)
+    records = tmp_path / "a" / "index.safetensors"
+    content = records.read_bytes()
+    records.write_bytes((tmp_path / "b" / "index.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"index\.safetensors belongs to another index\.json"):
+        ShardSource(tmp_path / "a")
+    records.unlink()
+    with pytest.raises(ValueError, match=r"No such file.*index\.safetensors"):
+        ShardSource(tmp_path / "a")
+    records.write_bytes(content[:100])
+    with pytest.raises(ValueError, match="not a shard index"):
+        ShardSource(tmp_path / "a")
+    index = tmp_path / "a" / "index.json"
+    index.write_text(index.read_text().replace('"version": 2', '"version": 1'))
+    assert list(ShardSource(tmp_path / "a")) == texts(3)  # an older index: the tars are scanned
+    index.write_text(index.read_text().replace('"version": 1', '"version": 3'))
+    with pytest.raises(ValueError, match="version 3, this hovle-data reads 2"):
+        ShardSource(tmp_path / "a")
 
 
 BROKEN = [

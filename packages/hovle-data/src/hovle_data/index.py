@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -117,21 +117,24 @@ class ShardIndex:
     def load(cls, folder: Path) -> ShardIndex | None:
         """The folder's index, None without one; see `read`."""
         path = folder / INDEX_NAME
-        return cls.read(path, folder / RECORDS_NAME) if path.exists() else None
+        return cls.read(path, lambda: folder / RECORDS_NAME) if path.exists() else None
 
     @classmethod
-    def read(cls, path: Path, records_path: Path) -> ShardIndex:
-        """An index from its two files. Raises ValueError naming the file when it is not one of ours.
+    def read(cls, path: Path, records_path: Callable[[], Path]) -> ShardIndex | None:
+        """An index from its two files; None for one of an older version, in whose place tars are scanned.
 
-        Nothing but the list of shards is read; records are mapped and made when they are asked for.
+        Nothing but the list of shards is read; records are mapped and made when they are asked for. Raises
+        ValueError naming the file when it is not one of ours.
         """
         from hovle_data.stored_records import RecordFile, StoredRecords
 
         try:
             content: dict[str, Any] = json.loads(path.read_bytes())
-            if content["version"] != INDEX_VERSION:
+            if content["version"] < INDEX_VERSION:
+                return None
+            if content["version"] > INDEX_VERSION:
                 raise ValueError(f"version {content['version']}, this hovle-data reads {INDEX_VERSION}")
-            file = RecordFile(records_path, content["fields"], content["sha256"])
+            file = RecordFile(records_path(), content["fields"], content["sha256"])
             shards, start = [], 0
             for shard in content["shards"]:
                 stop = start + shard["samples"]

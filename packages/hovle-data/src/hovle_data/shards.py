@@ -34,7 +34,7 @@ from hovle_data.index import (
 )
 from hovle_data.records import from_fields, to_fields
 from hovle_data.schema import BadSample, Sample
-from hovle_data.storage import RemoteFolder, is_url, open_folder
+from hovle_data.storage import FileState, is_url, open_folder
 
 logger = logging.getLogger(__name__)
 
@@ -201,51 +201,44 @@ class ShardSource:
         """All shards by name: from the index where it fits the file, scanned where it does not."""
         index, index_time = self._load_index()
         indexed = {shard.name: shard for shard in index.shards} if index else {}
-        sizes = self.folder.sizes(".tar")
-        names = [name for name in sorted(sizes.keys() | indexed.keys()) if only in (None, name)]
-        return [self._open_shard(n, indexed.get(n), sizes.get(n), index_time) for n in names]
+        files = self.folder.files(".tar")
+        names = [name for name in sorted(files.keys() | indexed.keys()) if only in (None, name)]
+        return [self._open_shard(n, indexed.get(n), files.get(n), index_time) for n in names]
 
     def _load_index(self) -> tuple[ShardIndex | None, float]:
         """The folder's index, and when it was written."""
         try:
             path = self.folder.local(INDEX_NAME)
-            index = ShardIndex.read(path, self.folder.local(RECORDS_NAME))
-        except FileNotFoundError as error:
-            if str(error.filename or error).endswith(RECORDS_NAME):
-                raise ValueError(
-                    f"{self.folder}: {INDEX_NAME} without {RECORDS_NAME}; delete it and the tars are scanned"
-                ) from error
+        except FileNotFoundError:
             return None, 0.0
-        return index, path.stat().st_mtime
+        return ShardIndex.read(path, lambda: self.folder.local(RECORDS_NAME)), path.stat().st_mtime
 
     def _open_shard(
-        self, name: str, indexed: ShardInfo | None, size: int | None, index_time: float
+        self, name: str, indexed: ShardInfo | None, file: FileState | None, index_time: float
     ) -> ShardInfo:
-        if size is None:
+        if file is None:
             assert indexed is not None
             self.problems.append(f"{self.name}/{name}: missing shard: {len(indexed.records)} samples")
             return indexed
-        if indexed is not None and indexed.size == size and self._fits(indexed, index_time):
+        if indexed is not None and self._fits(indexed, file, index_time):
             return indexed
-        with self.folder.open(name) as file:
-            records, problem = scan_tar(file, size)
+        with self.folder.open(name) as opened:
+            records, problem = scan_tar(opened, file.size)
         if problem is None:
-            return ShardInfo(name, size, "", records)
+            return ShardInfo(name, file.size, "", records)
         self.problems.append(f"{self.name}/{name}: {problem}")
         if indexed is not None:  # the index still names what is lost
             return indexed
         if not any(record.problem for record in records):  # one record stands for what cannot be found
             records = (*records, Record("?", (), problem))
-        return ShardInfo(name, size, "", records)
+        return ShardInfo(name, file.size, "", records)
 
-    def _fits(self, indexed: ShardInfo, index_time: float) -> bool:
-        """Whether the index describes a file of the same size: nobody touched the file since, or its first and last
-        sample begin where the index says."""
-        if isinstance(self.folder, RemoteFolder):
-            return (
-                True  # a request a shard is too much; each sample's own header is looked at when it is read
-            )
-        if self.folder.local(indexed.name).stat().st_mtime <= index_time:
+    def _fits(self, indexed: ShardInfo, file: FileState, index_time: float) -> bool:
+        """Whether the index describes the file: it has that size, and nobody touched it since, or its first and last
+        sample begin where the index says. (Each sample's own header is looked at again when it is read.)"""
+        if indexed.size != file.size:
+            return False
+        if file.mtime is None or file.mtime <= index_time:
             return True
         for record in (indexed.records[0], indexed.records[-1]) if len(indexed.records) else ():
             member = record.members[-1]

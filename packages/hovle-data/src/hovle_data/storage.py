@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path, PurePosixPath
 from secrets import token_hex
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 GIB = 2**30
 
@@ -75,6 +75,13 @@ class FileCache:
             excess -= size
 
 
+class FileState(NamedTuple):
+    """Size in bytes, and when it was written last (None: a store's clock is not ours)."""
+
+    size: int
+    mtime: float | None
+
+
 class Folder:
     """A local folder. `read`, `open` and `local` raise FileNotFoundError or another OSError."""
 
@@ -91,10 +98,11 @@ class Folder:
     def exists(self) -> bool:
         return Path(self.path).is_dir()
 
-    def sizes(self, suffix: str) -> dict[str, int]:
-        """Sizes in bytes of the files here (not in sub-folders) whose name ends so, by name."""
+    def files(self, suffix: str) -> dict[str, FileState]:
+        """The files here (not in sub-folders) whose name ends so."""
         with os.scandir(self.path) as entries:
-            return {e.name: e.stat().st_size for e in entries if e.name.endswith(suffix) and e.is_file()}
+            found = [(e.name, e.stat()) for e in entries if e.name.endswith(suffix) and e.is_file()]
+        return {name: FileState(stat.st_size, stat.st_mtime) for name, stat in found}
 
     def walk(self, suffixes: tuple[str, ...]) -> list[str]:
         """Names of all files here and below that end so, relative and with "/", sorted."""
@@ -143,10 +151,10 @@ class RemoteFolder(Folder):
     def exists(self) -> bool:
         return bool(self._try(self.fs.exists, self.root))
 
-    def sizes(self, suffix: str) -> dict[str, int]:
+    def files(self, suffix: str) -> dict[str, FileState]:
         found = self._try(self.fs.ls, self.root, detail=True, refresh=True)
         return {
-            PurePosixPath(entry["name"]).name: int(entry["size"] or 0)
+            PurePosixPath(entry["name"]).name: FileState(int(entry["size"] or 0), None)
             for entry in found
             if entry["type"] == "file" and entry["name"].endswith(suffix)
         }

@@ -40,7 +40,7 @@ class ParquetSource:
             files = [(local_file(path, storage_options), str(path))]
         else:
             self.folder = open_folder(path, storage_options=storage_options)
-            files = [(self.folder.local(n), f"{path}/{n}") for n in sorted(self.folder.sizes(".parquet"))]
+            files = [(self.folder.local(n), f"{path}/{n}") for n in sorted(self.folder.files(".parquet"))]
         if not files:
             raise ValueError(f"path={path} holds no .parquet")
         self.groups: list[tuple[str, str, int, int]] = []  # file, label, row group, its first row in the file
