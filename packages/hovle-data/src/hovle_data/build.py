@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from hovle_data import checks
 from hovle_data.index import Member, Record, ShardIndex, ShardInfo
 from hovle_data.mixture import Source
+from hovle_data.processors import load_counter
 from hovle_data.quarantine import TooManyBadSamples
 from hovle_data.records import to_fields
 from hovle_data.schema import BadSample, Sample
@@ -154,15 +154,6 @@ def read_row(source: Source, i: int) -> Sample:
         raise ValueError(f"{place(source, i)}: the source failed: {type(error).__name__}: {error}") from error
 
 
-@lru_cache(maxsize=1)
-def load_processor(path: str) -> Any:
-    """The processor of a checkpoint, a finished run or a folder."""
-    from hovle_core.processor import HovleProcessor
-    from hovle_core.runs import resolve_checkpoint
-
-    return HovleProcessor.from_pretrained(resolve_checkpoint(path))
-
-
 def commonest(reasons: Counter[str]) -> str:
     return "; ".join(f"{count}x {reason}" for reason, count in reasons.most_common(3))
 
@@ -191,7 +182,7 @@ def _good_samples(
 
 def _encoded(processor: str, sample: Sample, where: str) -> Any:
     try:
-        return checks.encode(load_processor(processor), sample)
+        return checks.encode(load_counter(processor), sample)
     except BadSample as error:
         raise BadSample(sample.key, where, error.reason) from error
     except ValueError as error:

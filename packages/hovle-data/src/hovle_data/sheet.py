@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hovle_data.build import load_processor, place, read_row
+from hovle_data.build import place, read_row
 from hovle_data.checks import content_text, encode
 from hovle_data.decode import decode_image
 from hovle_data.inspect import Statistics
 from hovle_data.mixture import Source
+from hovle_data.processors import load_processor
 from hovle_data.schema import Sample
 
 PICTURE_SIDE, TILE_SIDE, GAP = 240, 72, 3  # pixels on the page

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hovle_data import checks
-from hovle_data.build import load_processor, place, read_row
+from hovle_data.build import place, read_row
 from hovle_data.mixture import Source
 from hovle_data.order import hash64
+from hovle_data.processors import load_counter
 from hovle_data.schema import BadSample, Sample
 from hovle_data.workers import progress, work
 
@@ -93,7 +94,7 @@ def _refusals(sample: Sample, limits: Limits) -> Iterator[str]:
     if limits.processor is None:
         return
     try:
-        tokens = len(checks.encode(load_processor(limits.processor), sample).input_ids)
+        tokens = len(checks.encode(load_counter(limits.processor), sample).input_ids)
     except BadSample as bad:
         yield bad.reason
     except ValueError as error:
