@@ -137,9 +137,7 @@ def join(samples: Sequence[Encoded]) -> PackedBatch:
         row[0] = IGNORE_INDEX
     joined_labels = np.concatenate(labels)
     with_tiles = [sample.tiles for sample in samples if len(sample.tiles)]
-    pixel_values = None
-    if with_tiles:
-        pixel_values = torch.from_numpy(np.concatenate(with_tiles)).permute(0, 3, 1, 2).contiguous()
+    pixel_values = _channels_first(with_tiles) if with_tiles else None
     return PackedBatch(
         input_ids=_row(np.concatenate([sample.input_ids for sample in samples])),
         position_ids=_row(np.concatenate([np.arange(len(sample.input_ids)) for sample in samples])),
@@ -150,6 +148,17 @@ def join(samples: Sequence[Encoded]) -> PackedBatch:
         tile_keys=[f"{sample.key}#{tile}" for sample in samples for tile in range(len(sample.tiles))],
         num_target_tokens=int((joined_labels != IGNORE_INDEX).sum()),
     )
+
+
+def _channels_first(tiles: Sequence[np.ndarray]) -> Tensor:
+    """uint8 `[n, S, S, 3]` of each sample -> `[N, 3, S, S]`, every byte copied once."""
+    _, height, width, channels = tiles[0].shape
+    out = np.empty((sum(map(len, tiles)), channels, height, width), np.uint8)
+    start = 0
+    for part in tiles:
+        out[start : start + len(part)] = part.transpose(0, 3, 1, 2)
+        start += len(part)
+    return torch.from_numpy(out)
 
 
 def _row(values: np.ndarray) -> Tensor:
