@@ -39,7 +39,10 @@ from hovle_core.testing import tiny_tokenizer
 from hovle_data import ConversationStream, Ledger, Mixture, RowLoader, Sample, ShardSource, write_shards
 from hovle_data.index import ShardIndex
 
-WORKERS, MAX_TOKENS, MAX_TILES, SAMPLES = 2, 4096, 64, 64
+WORKERS, MAX_TOKENS, MAX_TILES = 2, 4096, 64
+# Both pipelines read ahead in whole cycles of 32 samples (two batches of 16; two lanes of 16): the first cycle starts
+# the workers and fills the buffers, and as much is in them when the clock stops as when it started.
+SAMPLES, WARM_UP, MEASURED = 64, 32, 128
 QUESTION, ANSWER = "What is this a picture of?", "this is a red square and a blue circle " * 4
 # The demo's instruction tuning: folder -> weight.
 DEMO_MIX = {"vqa_open": 5, "vqa_yes_no": 4, "vqa_negated": 1.5, "vqa_emoji": 1, "vqa_flags": 0.4}
@@ -121,29 +124,22 @@ class PlainPreprocess:
         return ids + answer, [-100] * len(ids) + answer, tiles
 
 
-def plain(folder: Path, processor: HovleProcessor, own_tiles: bool, number: int) -> float:
-    """Samples a second of the plain pipeline, from its first to its last row."""
+def plain(folder: Path, processor: HovleProcessor, own_tiles: bool) -> Iterator[int]:
+    """Samples in each batch of the plain pipeline as it comes."""
     urls = sorted(str(path) for path in folder.glob("*.tar"))
     dataset = (
         webdataset.WebDataset(urls, shardshuffle=100)
         .shuffle(64)
         .decode("pil")
         .map(PlainPreprocess(processor, own_tiles))
-        .repeat(3)
+        .repeat(4)
         .batched(16, collation_fn=list)
     )
     loader = DataLoader(dataset, batch_size=None, num_workers=WORKERS)
-    seen, start = 0, 0.0
     for batch in loader:
         rows = plain_pack(batch)
         assert all(row[2].dtype == (torch.uint8 if own_tiles else torch.float32) for row in rows)
-        if not start:  # workers have started
-            start = time.perf_counter()
-            continue
-        seen += len(batch)
-        if seen >= number:
-            break
-    return seen / (time.perf_counter() - start)
+        yield len(batch)
 
 
 def plain_pack(batch: list) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -168,23 +164,28 @@ def plain_pack(batch: list) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tens
 # ---- ours ----
 
 
-def ours(folder: Path, processor: HovleProcessor, normalized: bool, number: int) -> float:
-    """Samples a second of RowLoader, normalized by the consumer as the model does it."""
+def ours(folder: Path, processor: HovleProcessor, normalized: bool) -> Iterator[int]:
+    """Samples in each step of RowLoader as it comes, normalized by the consumer as the model does it."""
     stream = ConversationStream(Mixture([(ShardSource(folder), 1)], 0), processor, 0, MAX_TOKENS, Ledger())
     loader = RowLoader(stream, 2, MAX_TOKENS, MAX_TILES, num_threads=WORKERS)
-    seen, start = 0, 0.0
     with loader.iterate() as steps:
         for _, batches, _ in steps:
             for batch in batches:
                 if normalized and batch.pixel_values is not None:
                     processor.image_processor.normalize(batch.pixel_values)
-            if not start:
-                start = time.perf_counter()
-                continue
-            seen += sum(len(batch.keys) for batch in batches)
-            if seen >= number:
-                break
-    return seen / (time.perf_counter() - start)
+            yield sum(len(batch.keys) for batch in batches)
+
+
+def rate(batches: Iterator[int]) -> float:
+    """Samples a second behind the warm-up."""
+    seen, start = 0, 0.0
+    for number in batches:
+        seen += number
+        if not start and seen >= WARM_UP:
+            start, before = time.perf_counter(), seen
+        if start and seen >= before + MEASURED:
+            return (seen - before) / (time.perf_counter() - start)
+    raise AssertionError(f"only {seen} samples came")
 
 
 def speed(folder: Path, rounds: int) -> dict[str, float]:
@@ -194,10 +195,10 @@ def speed(folder: Path, rounds: int) -> dict[str, float]:
     write_shards(photos(SAMPLES), folder, samples_per_shard=SAMPLES // 4)
     rates: dict[str, list[float]] = {"plain": [], "ours": [], "plain_same_tiles": [], "ours_uint8": []}
     for _ in range(rounds):
-        rates["plain"].append(plain(folder, processor, False, SAMPLES))
-        rates["ours"].append(ours(folder, processor, True, SAMPLES))
-        rates["plain_same_tiles"].append(plain(folder, processor, True, SAMPLES))
-        rates["ours_uint8"].append(ours(folder, processor, False, SAMPLES))
+        rates["plain"].append(rate(plain(folder, processor, False)))
+        rates["ours"].append(rate(ours(folder, processor, True)))
+        rates["plain_same_tiles"].append(rate(plain(folder, processor, True)))
+        rates["ours_uint8"].append(rate(ours(folder, processor, False)))
     print({name: [round(rate, 1) for rate in values] for name, values in rates.items()}, "samples/s")
 
     def ratio(a: str, b: str) -> float:

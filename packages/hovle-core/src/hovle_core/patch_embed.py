@@ -15,7 +15,7 @@ from hovle_core.config import HolisticEmbeddingConfig
 def normalize_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 `[N, 3, S, S]` -> float32 of the same shape, `(pixels / 255 - mean) / std` a channel."""
     shift, scale = (torch.tensor(x, device=pixels.device).view(-1, 1, 1) * 255 for x in (mean, std))
-    return (pixels.float() - shift) / scale
+    return pixels.to(torch.float32, copy=True).sub_(shift).div_(scale)  # one array, not three
 
 
 def to_patches(pixels: Tensor, size: int) -> tuple[Tensor, int, int]:
