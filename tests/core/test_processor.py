@@ -1,5 +1,7 @@
 """The one preprocessing: placeholders, targets, and text that cannot pose as a picture."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from hovle_core import HovleProcessor
 from hovle_core.image_processor import HovleImageProcessor
+from hovle_core.images import ImageError
 from hovle_core.processor import IGNORE_INDEX
 from hovle_core.testing import tiny_processor, tiny_tokenizer
 
@@ -95,6 +98,18 @@ def test_pairs_texts_and_pictures(processor):
     assert (text.labels == text.input_ids).all()
     assert len(text.tiles) == 0
     assert len(processor.encode_image(WIDE).input_ids) == 3 * processor.tokens_per_tile + 2
+
+
+def test_a_picture_its_file_and_its_tiles_are_the_same(processor):
+    file = io.BytesIO()
+    WIDE.save(file, "PNG")
+    tiles = processor.image_processor.tiles(WIDE)
+    for picture in (file.getvalue(), tiles):
+        assert np.array_equal(processor.encode([user("look")], [picture]).tiles, tiles)
+        assert np.array_equal(processor.encode_pair(picture, "a").tiles, tiles)
+        assert np.array_equal(processor.encode_image(picture).tiles, tiles)
+    with pytest.raises(ImageError, match="not a known image format"):
+        processor.encode_image(b"no picture")
 
 
 def test_batch_pads_on_the_left(processor):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hovle_core.images import decode_image
 from hovle_data.schema import Sample
 
 IMG, IMG_END, EOS = 1, 2, 3
@@ -24,6 +25,9 @@ class Encoded:
 
 class FakeProcessor:
     """A token a word; a picture is one tile of TOKENS_PER_TILE tokens between two marks."""
+
+    def tiles(self, picture):
+        return np.asarray(decode_image(picture).resize((SIDE, SIDE)))[None]
 
     def encode(self, messages, images=()):
         ids, labels, tags = [], [], 0
@@ -60,8 +64,7 @@ class FakeProcessor:
         return [10 + int(word) if word.isdigit() else 4 + len(word) % 5 for word in text.split()]
 
     def _encoded(self, ids, labels, images):
-        tiles = [np.asarray(image.resize((SIDE, SIDE))) for image in images]
-        stacked = np.stack(tiles) if tiles else np.zeros((0, SIDE, SIDE, 3), np.uint8)
+        stacked = np.concatenate(images) if images else np.zeros((0, SIDE, SIDE, 3), np.uint8)
         return Encoded(np.asarray(ids, np.int64), np.asarray(labels, np.int64), stacked)
 
 

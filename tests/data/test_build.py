@@ -228,7 +228,8 @@ def test_a_fault_of_a_source_names_the_sample(tmp_path):
         build(spec, [Faulty()], tmp_path / "out")
 
 
-def test_tokens_and_tiles_are_counted_with_a_processor(tmp_path, encode_image_file, registry):
+@pytest.mark.parametrize("fast", [False, True])
+def test_tokens_and_tiles_are_counted_with_a_processor(tmp_path, encode_image_file, registry, fast):
     from PIL import Image
 
     from hovle_core.testing import tiny_processor
@@ -239,6 +240,7 @@ def test_tokens_and_tiles_are_counted_with_a_processor(tmp_path, encode_image_fi
         (folder / f"{i}.png").write_bytes(encode_image_file(Image.new("RGB", size)))
         (folder / f"{i}.txt").write_text("a red square")
     processor = tiny_processor()
+    processor.image_processor.fast = fast
     processor.save_pretrained(tmp_path / "processor")
     assert main(
         ["data", "build", str(folder), str(tmp_path / "out"), "--processor", str(tmp_path / "processor"),

@@ -1,7 +1,9 @@
 """The streams on the real `HovleProcessor`: its contract, from shards to packed batches."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -147,6 +149,23 @@ def test_turns_images_and_text_only_in_one_row(core_processor, tmp_path, png):
     assert sorted(batch.keys) == sorted(f"mixed/{key}" for key in CONVERSATIONS)
     assert batch.num_tiles == tile == 6
     assert start == batch.num_tokens
+
+
+def test_fast_tiles_are_cut_from_the_file_of_a_sample(core_processor, tmp_path, encode_image_file):
+    """Same tokens and tiles, other pixels: those of a JPEG at a reduced scale, which need the file."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 3), np.uint8)
+    data = encode_image_file(Image.fromarray(pixels).resize((320, 160)), "JPEG")
+    write_shards([Sample("a", (data,), "7")], tmp_path / "shards")
+    mixture = Mixture([(ShardSource(tmp_path / "shards"), 1)], 0)
+    images = HovleImageProcessor(tile_size=8, max_tiles=2, fast=True)
+    fast = HovleProcessor(
+        images, core_processor.tokenizer, chat_template=TEMPLATE, tokens_per_tile=TOKENS_PER_TILE
+    )
+    one, other = (PairStream(mixture, p, 0, 64, Ledger(None)).get(0) for p in (core_processor, fast))
+    assert np.array_equal(one.input_ids, other.input_ids)
+    assert np.array_equal(one.tiles, core_processor.image_processor.tiles(decode_image(data)))
+    assert np.array_equal(other.tiles, images.tiles_of_file(data))
+    assert not np.array_equal(other.tiles, images.tiles(decode_image(data)))
 
 
 def test_what_the_chat_template_refuses_is_a_bad_sample(core_processor, tmp_path):

@@ -55,6 +55,14 @@ def test_pictures_are_normalised_as_the_embedding_says(make_recipe, plugins):
     assert processor.image_processor.image_std == config.image_std == [0.2, 0.3, 0.4]
 
 
+def test_a_recipe_asks_for_fast_tiles_and_its_checkpoint_keeps_them(make_recipe, plugins, tmp_path):
+    recipe = make_recipe("alignment")
+    assert not build_hovle(recipe.model, plugins.registry, 0)[1].image_processor.fast
+    recipe.model.image.fast = True
+    build_hovle(recipe.model, plugins.registry, 0)[1].save_pretrained(tmp_path / "saved")
+    assert HovleProcessor.from_pretrained(tmp_path / "saved").image_processor.fast
+
+
 def test_picture_tokens_are_added(make_recipe, plugins, other):
     from transformers import PreTrainedTokenizerFast
 

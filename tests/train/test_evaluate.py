@@ -117,7 +117,7 @@ def test_image_cosine_is_what_distillation_logged(make_recipe, plugins):
     tiles = processor.image_processor.tiles(decode_image(source[0].images[0]))
     value = evaluate.image_cosine(model, processor, GridTeacher(), final, tiles)
     head, mean = evaluate.load_head(final)
-    ids = torch.from_numpy(processor.encode_tiles(tiles).input_ids)[None]
+    ids = torch.from_numpy(processor.encode_image(tiles).input_ids)[None]
     pixels = torch.from_numpy(tiles.copy()).permute(0, 3, 1, 2)
     with torch.no_grad():
         embedded = model.embed(ids, processor.image_processor.normalize(pixels))

@@ -29,6 +29,9 @@ from hovle_core.rendering import Message, Rendering, text_ids
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
 
+Picture = Image.Image | bytes | np.ndarray
+"""A picture, its file, or its tiles uint8 `[N, S, S, 3]`, cut already."""
+
 
 @dataclass
 class Encoded:
@@ -94,7 +97,7 @@ class HovleProcessor(ProcessorMixin):
     def encode(
         self,
         messages: Sequence[Message],
-        images: Sequence[Image.Image] = (),
+        images: Sequence[Picture] = (),
         add_generation_prompt: bool = False,
     ) -> Encoded:
         """A conversation -> Encoded; only assistant answers are targets.
@@ -106,7 +109,7 @@ class HovleProcessor(ProcessorMixin):
         turns when later ones come (answers could then not be told from prompts).
         """
         rendering = Rendering(self.tokenizer, messages, self.chat_template)
-        tiles = [self.image_processor.tiles(image) for image in images]
+        tiles = [self.tiles(image) for image in images]
         if len(tiles) != rendering.num_images:
             raise ValueError(
                 f"messages hold {rendering.num_images} image parts, but {len(tiles)} images were given; "
@@ -121,10 +124,10 @@ class HovleProcessor(ProcessorMixin):
             labels += self._answer_labels(segment) if is_target else [IGNORE_INDEX] * len(segment)
         return self._encoded(ids, labels, tiles)
 
-    def encode_pair(self, image: Image.Image | None, text: str) -> Encoded:
+    def encode_pair(self, image: Picture | None, text: str) -> Encoded:
         """A picture and its caption -> Encoded: picture tokens and a line break, as in conversations, then the text and
         the end token as targets."""
-        tiles = [] if image is None else [self.image_processor.tiles(image)]
+        tiles = [] if image is None else [self.tiles(image)]
         prefix = [token for t in tiles for token in self._picture(len(t))]
         prefix += self.text_ids("\n") if tiles else []
         target = [*self.text_ids(text), self.tokenizer.eos_token_id]
@@ -135,14 +138,21 @@ class HovleProcessor(ProcessorMixin):
         ids = [*self.text_ids(text), self.tokenizer.eos_token_id]
         return self._encoded(ids, list(ids), [])
 
-    def encode_image(self, image: Image.Image) -> Encoded:
+    def encode_image(self, image: Picture) -> Encoded:
         """A picture alone, no targets."""
-        return self.encode_tiles(self.image_processor.tiles(image))
-
-    def encode_tiles(self, tiles: np.ndarray) -> Encoded:
-        """One picture's tiles `[N, S, S, 3]`, cut already, no targets."""
+        tiles = self.tiles(image)
         ids = self._picture(len(tiles))
         return self._encoded(ids, [IGNORE_INDEX] * len(ids), [tiles])
+
+    def tiles(self, picture: Picture) -> np.ndarray:
+        """uint8 `[N, S, S, 3]`. Raises `images.ImageError` for a file that is no picture."""
+        if isinstance(picture, np.ndarray):
+            return picture
+        cutter = self.image_processor
+        tiles: np.ndarray = (
+            cutter.tiles_of_file(picture) if isinstance(picture, bytes) else cutter.tiles(picture)
+        )
+        return tiles
 
     def text_ids(self, text: str) -> list[int]:
         """Plain text -> token ids; spelled-out special tokens stay text."""

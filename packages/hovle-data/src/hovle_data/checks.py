@@ -6,12 +6,10 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from hovle_data.decode import decode_image, image_suffix
+from hovle_data.decode import cut_tiles, decode_image, image_suffix
 from hovle_data.schema import BadSample, Message, Sample
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from hovle_core.processor import Encoded
     from hovle_data.streams import Processor
 
@@ -42,7 +40,7 @@ def problems(sample: Sample, decode: bool = True) -> Iterator[str]:
 
 def encode(processor: Processor, sample: Sample) -> Encoded:
     """The sample as a stream of its kind encodes it. Raises ValueError for what the processor refuses."""
-    images: list[Image] = [decode_image(image) for image in sample.images]
+    images = [cut_tiles(processor, image) for image in sample.images]
     if sample.messages is not None:
         return processor.encode(sample.messages, images=images)
     if len(images) > 1:

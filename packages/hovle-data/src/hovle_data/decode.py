@@ -8,7 +8,11 @@ from hovle_core import images
 from hovle_data.schema import BadSample
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL import Image
+
+    from hovle_data.streams import Processor
 
 
 def decode_image(
@@ -19,6 +23,14 @@ def decode_image(
         return images.decode_image(data, max_pixels=max_pixels)
     except images.ImageError as error:
         raise BadSample(key, source, str(error)) from error
+
+
+def cut_tiles(processor: Processor, data: bytes) -> NDArray[np.uint8]:
+    """The tiles of a picture file, uint8 `[N, S, S, 3]`; raises `BadSample` where it does not decode."""
+    try:
+        return processor.tiles(data)
+    except images.ImageError as error:
+        raise BadSample("", "", str(error)) from error
 
 
 def image_suffix(data: bytes) -> str | None:

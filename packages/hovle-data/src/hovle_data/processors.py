@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from hovle_core.images import decode_image
 
 
 @lru_cache(maxsize=1)
@@ -24,7 +23,7 @@ def load_processor(path: str) -> Any:
 @lru_cache(maxsize=1)
 def load_counter(path: str) -> Any:
     """The same, encoding into as many tokens and tiles, but the tiles are blank and one pixel large: to cut real ones
-    takes ten times as long as all the rest."""
+    takes ten times as long as all the rest. Pictures are decoded whole, so that broken ones are found."""
     from hovle_core.processor import HovleProcessor
     from hovle_core.runs import resolve_checkpoint
 
@@ -38,5 +37,5 @@ class _BlankTiles:
         self.num_tiles = image_processor.num_tiles
         self.tile_size = 1
 
-    def tiles(self, image: Image) -> NDArray[np.uint8]:
-        return np.zeros((self.num_tiles(*image.size), 1, 1, 3), np.uint8)
+    def tiles_of_file(self, data: bytes) -> NDArray[np.uint8]:
+        return np.zeros((self.num_tiles(*decode_image(data).size), 1, 1, 3), np.uint8)

@@ -107,7 +107,7 @@ def _card(source: Source, i: int, processor: Any, counted: int | None) -> str:
     facts, pictures = [], []
     try:
         images = [decode_image(image) for image in sample.images]
-        tiles = [_tiles(processor, image) for image in images]
+        tiles = [_tiles(processor, *both) for both in zip(sample.images, images, strict=True)]
         pictures = [_picture(image) + _mosaic(*cut) for image, cut in zip(images, tiles, strict=True)]
         facts += [
             f"{x.width}x{x.height} in {len(cut[0])} tiles" for x, cut in zip(images, tiles, strict=True)
@@ -135,12 +135,12 @@ def _cut(text: str) -> str:
     return escape(text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " …")
 
 
-def _tiles(processor: Any, image: Image.Image) -> tuple[Any, int]:
+def _tiles(processor: Any, data: bytes, image: Image.Image) -> tuple[Any, int]:
     """uint8 tiles `[N, S, S, 3]`, and how many stand in a row."""
     from hovle_core.image_processor import HovleImageProcessor
 
     cutter = HovleImageProcessor() if processor is None else processor.image_processor
-    return cutter.tiles(image), cutter.grid(*image.size)[0]
+    return cutter.tiles_of_file(data), cutter.grid(*image.size)[0]
 
 
 def _mosaic(tiles: Any, columns: int) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hovle_data.decode import decode_image
+from hovle_data.decode import cut_tiles
 from hovle_data.mixture import Draw, Mixture
 from hovle_data.order import hash64, uniform
 from hovle_data.packing import IGNORE_INDEX
@@ -20,18 +20,19 @@ from hovle_data.quarantine import Ledger
 from hovle_data.schema import BadSample, Message, Sample
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from hovle_core.processor import Encoded
+
+Tiles = NDArray[np.uint8]
 
 
 class Processor(Protocol):
-    """The part of `hovle_core.processor.HovleProcessor` that streams use."""
+    """The part of `hovle_core.processor.HovleProcessor` that streams use. Images come as tiles uint8 `[N, S, S, 3]`."""
 
-    def encode(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image]) -> Encoded: ...
-    def encode_pair(self, image: Image | None, text: str) -> Encoded: ...
+    def tiles(self, picture: bytes) -> Tiles: ...
+    def encode(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Tiles]) -> Encoded: ...
+    def encode_pair(self, image: Tiles | None, text: str) -> Encoded: ...
     def encode_text(self, text: str) -> Encoded: ...
-    def encode_image(self, image: Image) -> Encoded: ...
+    def encode_image(self, image: Tiles) -> Encoded: ...
 
 
 class Stream(ABC):
@@ -118,7 +119,7 @@ class ConversationStream(Stream):
     def encode(self, sample: Sample, k: int) -> Encoded:
         if sample.messages is None:
             raise _refuse(f"no conversation: the sample is {sample.kind}")
-        images = [decode_image(image) for image in sample.images]
+        images = [cut_tiles(self.processor, image) for image in sample.images]
         encoded = self.processor.encode(sample.messages, images=images)
         if self.long_samples == "truncate" and self.too_long(encoded) is not None:
             encoded = self._truncated(sample.messages, images, encoded)
@@ -126,7 +127,7 @@ class ConversationStream(Stream):
             raise _refuse("nothing to learn: no answer in the conversation")
         return encoded
 
-    def _truncated(self, messages: Sequence[Message], images: list[Image], whole: Encoded) -> Encoded:
+    def _truncated(self, messages: Sequence[Message], images: list[Tiles], whole: Encoded) -> Encoded:
         """The longest beginning of a conversation that ends with an answer and fits; `whole` if none does."""
         ends = [i + 1 for i, message in enumerate(messages[:-1]) if message["role"] == "assistant"]
         longest = whole
@@ -151,7 +152,7 @@ class PairStream(ConversationStream):
             return super().encode(sample, k)
         if len(sample.images) > 1:
             raise _refuse(f"more than one image in a pair: {len(sample.images)}")
-        image = decode_image(sample.images[0]) if sample.images else None
+        image = cut_tiles(self.processor, sample.images[0]) if sample.images else None
         return self.processor.encode_pair(image, sample.text)
 
 
@@ -202,7 +203,7 @@ class UnpairedStream(Stream):
     def encode(self, sample: Sample, k: int) -> Encoded:
         if len(sample.images) != 1:
             raise _refuse(f"not one image: the sample has {len(sample.images)}")
-        picture = self.processor.encode_image(decode_image(sample.images[0]))
+        picture = self.processor.encode_image(cut_tiles(self.processor, sample.images[0]))
         room = self.max_tokens - len(picture.input_ids)
         text_ids = self._window(self._paragraph(*self.texts.draw(k)), k, room)
         picture_first = hash64("coin", self.seed, k) & 1

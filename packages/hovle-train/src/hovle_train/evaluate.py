@@ -145,7 +145,7 @@ def image_cosine(
         for start in range(0, len(tiles), batch_size):
             some = tiles[start : start + batch_size]
             pixels = torch.from_numpy(some).permute(0, 3, 1, 2).to(_device(model))
-            one = processor.encode_tiles(some[:1]).input_ids
+            one = processor.encode_image(some[:1]).input_ids
             ids = torch.from_numpy(one).repeat(len(some), 1).to(_device(model))
             embedded = model.embed(ids, processor.image_processor.normalize(pixels))
             student = head(embedded[ids == model.config.image_token_id].float())

@@ -25,7 +25,7 @@ from hovle_core.losses import cosine_loss
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import HovleProcessor
 from hovle_core.roles import TeacherEncoder
-from hovle_data.decode import decode_image
+from hovle_data.decode import cut_tiles
 from hovle_data.packing import PackedBatch, pack
 from hovle_data.quarantine import Ledger
 from hovle_data.schema import BadSample
@@ -149,11 +149,11 @@ class Distillation(Stage):
             for i in range(len(source)):
                 try:
                     sample = source[i]
-                    images = [decode_image(image) for image in sample.images]
+                    images = [cut_tiles(processor, image) for image in sample.images[:1]]
                 except BadSample as bad:
                     logger.info("teacher features: %s", bad)
                     continue
-                for cut in [processor.image_processor.tiles(image) for image in images[:1]]:
+                for cut in images:
                     keys += [f"{mixture.names[j]}/{sample.key}#{n}" for n in range(len(cut))]
                     tiles.append(cut)
                 if len(keys) >= TEACHER_BATCH:
