@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -267,7 +268,9 @@ def test_the_command(data, tmp_path, capsys):
     assert "missing image" in out
     assert not list(tmp_path.glob("out*"))
     assert main(["data", "build", str(data), str(tmp_path / "out"), "--workers", "1"]) == 0
-    assert "2 of 40 samples were left out" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "2 of 40 samples were left out" in printed.out
+    assert re.search(r"building out .*40/40", printed.err)  # the progress bar
     assert main(["data", "validate", str(tmp_path / "out"), "--workers", "1"]) == 0  # what is built is sound
     assert main(["data", "build", str(tmp_path / "nowhere"), "x"]) == 2
     assert main(["data", "build", str(data), "x", "--option", "a=b"]) == 2

@@ -150,6 +150,11 @@ def test_shards_on_s3(tmp_path, s3, pairs, cache_gib):
     assert source.problems == []
     command = ["data", "validate", f"s3://{bucket}/out", "--kind", "webdataset", "--workers", "1"]
     assert main([*command, "--option", f"storage_options={json.dumps(s3)}"]) == 0
+    built = ["data", "build", f"s3://{bucket}/out", str(tmp_path / "built"), "--kind", "webdataset"]
+    assert main([*built, "--workers", "1", "--option", f"storage_options={json.dumps(s3)}"]) == 0
+    assert [(s.text, s.images) for s in ShardSource(tmp_path / "built")] == [
+        (s.text, s.images) for s in pairs(6)
+    ]
     fs.rm(f"{bucket}/out/shard-000001.tar")
     fs.invalidate_cache()
     gone = ShardSource(f"s3://{bucket}/out", cache_gib=cache_gib, storage_options=s3)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from hovle_core.cli import main
 from hovle_data import inspect, sheet
-from hovle_data.checks import problems
+from hovle_data.checks import encode, problems
 from hovle_data.schema import Sample
 from hovle_data.shards import ShardSource, write_shards
 
@@ -195,7 +195,16 @@ def test_contact_sheet_with_a_processor(tmp_path, png):
     write_shards([Sample("a", (png(1),), "a red square"), Sample("b", text="blue")], tmp_path / "out")
     source = ShardSource(tmp_path / "out")
     page = sheet.contact_sheet(source, inspect.look(source), str(tmp_path / "processor"), 5)
-    assert f"{len(processor.encode_text('blue').input_ids)} tokens" in page
+    text, picture = (len(encode(processor, source[i]).input_ids) for i in (1, 0))
+    assert f"{text} tokens" in page
+    assert f"tokens a sample (of those below): mean {(text + picture) / 2:.1f}, median" in page
+    # The index of a build with a processor has the tokens of all samples: no processor is needed then.
+    command = ["data", "build", str(tmp_path / "out"), str(tmp_path / "built"), "--workers", "1"]
+    assert main([*command, "--processor", str(tmp_path / "processor")]) == 0
+    built = ShardSource(tmp_path / "built")
+    page = sheet.contact_sheet(built, inspect.look(built), None, 1)
+    assert f"tokens a sample: mean {(text + picture) / 2:.1f}, median" in page
+    assert f"{picture} tokens" in page
 
 
 def test_histogram_counts_everything():

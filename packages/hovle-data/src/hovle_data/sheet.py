@@ -49,7 +49,8 @@ def contact_sheet(
     loaded = None if processor is None else load_processor(processor)
     chosen = [statistics.good[n] for n in _spread(len(statistics.good), num_samples)]
     counts = getattr(source, "counts", lambda _: None)("tokens")
-    cards = [_card(source, i, loaded, None if counts is None else int(counts[i])) for i in chosen]
+    counted = {i: int(counts[i]) for i in chosen} if counts is not None else {}
+    cards = [_card(source, i, loaded, counted) for i in chosen]
     lengths: dict[str, Sequence[int]] = {
         "characters a sample": statistics.characters,
         "images a sample": statistics.images,
@@ -57,6 +58,8 @@ def contact_sheet(
     }
     if counts is not None:
         lengths = {"tokens a sample": counts.tolist(), **lengths}
+    elif counted:
+        lengths = {"tokens a sample (of those below)": list(counted.values()), **lengths}
     return "".join(
         [
             _HEAD.format(title=escape(name)),
@@ -101,7 +104,8 @@ def _table(statistics: Statistics) -> str:
     return f"<table><tr><th>kind</th><th>samples</th></tr>{cells}</table>"
 
 
-def _card(source: Source, i: int, processor: Any, counted: int | None) -> str:
+def _card(source: Source, i: int, processor: Any, counted: dict[int, int]) -> str:
+    """One sample. counted: tokens of samples; what the processor counts of this one is noted in it."""
     sample = read_row(source, i)
     head = f'<b>{escape(sample.key)}</b> <span class="note">{escape(sample.kind)}, {escape(place(source, i))}</span>'
     facts, pictures = [], []
@@ -113,11 +117,11 @@ def _card(source: Source, i: int, processor: Any, counted: int | None) -> str:
             f"{x.width}x{x.height} in {len(cut[0])} tiles" for x, cut in zip(images, tiles, strict=True)
         ]
         if processor is not None:
-            counted = len(encode(processor, sample).input_ids)
+            counted[i] = len(encode(processor, sample).input_ids)
     except ValueError as error:  # a picture that does not decode, a sample that the processor refuses
         facts.append(f'<span class="bad">{escape(str(error))}</span>')
-    if counted is not None:
-        facts.append(f"{counted} tokens")
+    if i in counted:
+        facts.append(f"{counted[i]} tokens")
     note = f'<div class="note">{", ".join(facts)}</div>'
     return f'<div class="sample">{head}{note}{"".join(pictures)}{_text(sample)}</div>'
 
