@@ -70,9 +70,9 @@ def test_the_worked_figures_follow_from_the_measured_ones():
         return [float(re.match(r"[\d,.]+", cell)[0].replace(",", "")) for cell in cells[name]]
 
     assert numbers("storage, n·b") == pytest.approx([n * 106e3 / 1e12 for n in samples], rel=0.01)
-    assert numbers("index, 69·n") == pytest.approx([n * 69 / 1e9 for n in samples], rel=0.05)
-    assert numbers("core hours to build, n / 176 / 3600") == pytest.approx(
-        [n / 176 / 3600 for n in samples], rel=0.02
+    assert numbers("index, 71·n") == pytest.approx([n * 71 / 1e9 for n in samples], rel=0.05)
+    assert numbers("core hours to build, n / 169 / 3600") == pytest.approx(
+        [n / 169 / 3600 for n in samples], rel=0.02
     )
     assert numbers("samples/s") == pytest.approx(rates, rel=0.01)
     assert numbers("bandwidth, samples/s · b") == pytest.approx([r * 106e3 / 1e6 for r in rates], rel=0.02)
