@@ -43,6 +43,8 @@ def check_packing(
     """
     if not (attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2)):
         return  # a ready mask says all by itself
+    if position_ids.shape[1] == 1:
+        return  # a step of generate, which should not wait for the device
     restarts = torch.diff(position_ids, dim=1) != 1
     if attention_mask is not None:
         real = attention_mask[:, -position_ids.shape[1] :].bool()

@@ -40,17 +40,20 @@ def check_placeholders(num_placeholders: int, num_tiles: int, tokens_per_tile: i
 class Expansion:
     """The embedding blocks' view of a batch whose image placeholders count r times there (HoVLE-HD).
 
-    source: `[B, E]` index into T of the token each block position comes from (padding: 0).
-    attention_mask: `[B, E]` 1 where a block position is real; rows shorter than E are padded on the left.
+    source: `[B, E]` index into T of the token each block position comes from (padding: 0); None where tokens and
+        block positions are the same (HoVLE, and text behind a cache).
+    attention_mask: `[B, past + E]` 1 where a block position is real; rows that are shorter are padded on the left.
+        Behind a static cache the finished mask `[B, 1, E, length]`, whose shape no step changes.
     position_ids: `[B, E]` positions as the blocks count them, from 0 in every sample.
     """
 
-    source: Tensor
+    source: Tensor | None
     attention_mask: Tensor
     position_ids: Tensor
 
     def gather(self, values: Tensor) -> Tensor:
         """`[B, T, ...] -> [B, E, ...]`, a placeholder's value repeated for each of its block positions."""
+        assert self.source is not None
         index = self.source.view(*self.source.shape, *[1] * (values.ndim - 2)).expand(
             -1, -1, *values.shape[2:]
         )
@@ -84,3 +87,32 @@ def expand_placeholders(
         start = torch.where(first, positions, 0).cummax(1).values
         positions = torch.where(mask, positions - start, 0)
     return Expansion(source=source, attention_mask=mask.long(), position_ids=positions)
+
+
+def text_step(is_image: Tensor, repeats: int, attention_mask: Tensor, new: int) -> Expansion:
+    """The blocks' view of the last `new` tokens, which are text, behind a cache of all tokens before them.
+
+    is_image, attention_mask: `[B, past + new]`, with the cached tokens: how far a row's pictures expand decides how
+    far the row is padded.
+    """
+    lengths = (torch.where(is_image, repeats, 1) * attention_mask).sum(1, keepdim=True)
+    widest = int(lengths.max())
+    device = is_image.device
+    mask = torch.arange(widest, device=device) >= widest - lengths
+    return Expansion(None, mask.long(), lengths - new + torch.arange(new, device=device))
+
+
+def after_cache(is_image: Tensor, repeats: int, past: int, attention_mask: Tensor | None) -> Expansion:
+    """The blocks' view of new text and pictures `is_image [B, T]` that follow `past` cached block positions.
+
+    Raises ValueError where rows are padded or their new pictures expand unlike: how far each row's pictures expand is
+    then not known from here. `generate` passes an expansion on its own.
+    """
+    new = expand_placeholders(is_image, repeats)
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if padded or not bool(new.attention_mask.all()):
+        raise ValueError(
+            "rows are padded behind a HoVLE-HD cache (attention_mask, or unlike numbers of tiles): pass `expansion` "
+            "(as generate does for text) or one row at a time, since such rows have unlike padding in the blocks"
+        )
+    return Expansion(new.source, F.pad(new.attention_mask, (past, 0), value=1), new.position_ids + past)

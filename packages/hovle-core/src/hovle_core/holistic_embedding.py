@@ -12,8 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, StaticLayer
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -22,6 +21,7 @@ from hovle_core.attention import PACKED_ATTENTION
 from hovle_core.config import HolisticEmbeddingConfig
 from hovle_core.fusion import (
     Expansion,
+    after_cache,
     check_placeholders,
     expand_placeholders,
     number_images,
@@ -103,7 +103,7 @@ class HolisticEmbedding(PreTrainedModel):
         """
         image_ids = None
         if self.config.mask_type != "causal":
-            self._check_mask_type(attention_mask)
+            self._check_mask_type(attention_mask if is_image is not None else None)
             if is_image is not None:
                 past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
                 image_ids = number_images(is_image, position_ids.expand(is_image.shape), past)
@@ -143,31 +143,37 @@ class HolisticEmbedding(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         is_image: Tensor,
         pixel_values: Tensor | None,
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         expansion: Expansion | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """`is_image [B, T]` marks the placeholders. `attention_mask [B, past + T]` and `position_ids [B, T]` are
-        the LLM's. `expansion` (HoVLE-HD) is the blocks' own view; it is made here where nothing is cached before.
+        the LLM's. `expansion` is the blocks' own view; where `generate` gave none it is made here (HoVLE-HD).
+        `inputs_embeds [B, T, D]` stands for `embed_tokens(input_ids)`.
 
         Raises ValueError unless placeholders and tiles agree.
         """
         images = None if pixel_values is None else self.image_tokens(pixel_values)
         num_tiles = 0 if pixel_values is None else pixel_values.shape[0]
-        check_placeholders(int(is_image.sum()), num_tiles, self.config.tokens_per_tile)
-        x = self.embed_tokens(input_ids)
-        if self.config.block_tokens_per_placeholder == 1:
-            if images is not None:
-                x = place_image_tokens(x, is_image, images.flatten(0, 1))
-            pictures = None if images is None else is_image
-            return self.blocks(x, attention_mask, position_ids, past_key_values, pictures)
-        return self._forward_post(
-            x, is_image, images, position_ids, attention_mask, past_key_values, expansion
-        )
+        if not torch.compiler.is_compiling():  # a compiled step is text, and must not wait for a count
+            check_placeholders(int(is_image.sum()), num_tiles, self.config.tokens_per_tile)
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        one_to_one = expansion is not None and expansion.source is None
+        if self.config.block_tokens_per_placeholder > 1 and not one_to_one:
+            return self._forward_post(
+                x, is_image, images, position_ids, attention_mask, past_key_values, expansion
+            )
+        if images is not None:
+            x = place_image_tokens(x, is_image, images.flatten(0, 1))
+        if expansion is not None:
+            attention_mask, position_ids = expansion.attention_mask, expansion.position_ids
+        pictures = None if images is None else is_image
+        return self.blocks(x, attention_mask, position_ids, past_key_values, pictures)
 
     def _forward_post(
         self,
@@ -180,23 +186,25 @@ class HolisticEmbedding(PreTrainedModel):
         expansion: Expansion | None,
     ) -> Tensor:
         """HoVLE-HD: the blocks see every patch; the shuffle brings each tile down to its placeholders after them."""
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if expansion is None:
-            if past:
-                expansion = after_cache(
-                    is_image, self.config.block_tokens_per_placeholder, past, attention_mask
-                )
-            else:
-                # position_ids say something only about packing, and only where nothing is padded.
-                restarts = position_ids if attention_mask is None else None
-                expansion = expand_placeholders(
-                    is_image, self.config.block_tokens_per_placeholder, attention_mask, restarts
-                )
+        repeats = self.config.block_tokens_per_placeholder
+        if (
+            expansion is None
+            and past_key_values is not None
+            and (past := int(past_key_values.get_seq_length()))
+        ):
+            expansion = after_cache(is_image, repeats, past, attention_mask)
+        elif expansion is None:
+            # position_ids say something only about packing, and only where nothing is padded.
+            restarts = position_ids if attention_mask is None else None
+            expansion = expand_placeholders(is_image, repeats, attention_mask, restarts)
         wide, wide_is_image = expansion.gather(x), expansion.gather(is_image)
-        wide_is_image &= expansion.attention_mask[:, -wide_is_image.shape[1] :].bool()
+        real = expansion.attention_mask[:, -wide.shape[1] :].bool()
+        wide_is_image &= real
         if images is not None:
             wide = place_image_tokens(wide, wide_is_image, images.flatten(0, 1))
         padded = not bool(expansion.attention_mask.all())
+        if past_key_values is not None:
+            make_room(past_key_values, wide.shape[1] - x.shape[1])
         wide = self.blocks(
             wide,
             expansion.attention_mask if padded else None,
@@ -204,27 +212,26 @@ class HolisticEmbedding(PreTrainedModel):
             past_key_values,
             None if images is None else wide_is_image,
         )
-        real = expansion.attention_mask[:, -wide.shape[1] :].bool()
+        assert expansion.source is not None
+        rows, columns = (real & ~wide_is_image).nonzero(as_tuple=True)
         out = torch.zeros_like(x)
-        is_text = ~is_image if attention_mask is None else ~is_image & attention_mask[:, -x.shape[1] :].bool()
-        out = place_image_tokens(out, is_text, wide[real & ~wide_is_image])
+        out = out.index_put((rows, expansion.source[rows, columns]), wide[rows, columns])
         if images is None:
             return out
         tiles = wide[wide_is_image].view(images.shape[0], -1, wide.shape[-1])
         return place_image_tokens(out, is_image, self.pixel_shuffle_proj(tiles).flatten(0, 1))
 
 
-def after_cache(is_image: Tensor, repeats: int, past: int, attention_mask: Tensor | None) -> Expansion:
-    """The blocks' view of text and pictures `is_image [B, T]` that follow `past` cached block tokens.
+def make_room(cache: Cache, more: int) -> None:
+    """A static cache is sized for the LLM's tokens; HoVLE-HD's blocks hold `more`, and it is not allocated yet.
 
-    Raises ValueError where rows are padded or their new pictures expand unlike: how far each row's pictures expand is
-    then not known from here. `generate` passes it on its own.
+    Raises ValueError where it is, and too small.
     """
-    new = expand_placeholders(is_image, repeats)
-    padded = attention_mask is not None and not bool(attention_mask.all())
-    if padded or not bool(new.attention_mask.all()):
-        raise ValueError(
-            "rows are padded behind a HoVLE-HD cache (attention_mask, or unlike numbers of tiles): pass `expansion` "
-            "(as generate does), since such rows have unlike padding in the embedding blocks"
-        )
-    return Expansion(new.source, F.pad(new.attention_mask, (past, 0), value=1), new.position_ids + past)
+    for layer in cache.layers:
+        if isinstance(layer, StaticLayer) and not layer.is_initialized:
+            layer.max_cache_len += more
+        elif isinstance(layer, StaticLayer) and more:
+            raise ValueError(
+                "past_key_values is a static cache that has no room for another picture of HoVLE-HD; "
+                "use a DynamicCache to add pictures turn by turn"
+            )

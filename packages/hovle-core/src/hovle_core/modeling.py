@@ -13,17 +13,19 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     Cache,
     DynamicCache,
-    GenerationMixin,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from hovle_core import attention
 from hovle_core.cache import grow_in_place
 from hovle_core.config import HolisticEmbeddingConfig, HovleConfig
-from hovle_core.fusion import Expansion, expand_placeholders
+from hovle_core.fusion import Expansion
+from hovle_core.generation import HovleGenerationMixin
 from hovle_core.holistic_embedding import HolisticEmbedding
 from hovle_core.hub import HUB_ARGUMENTS, local_folder
 from hovle_core.layers import TransformerBlock
@@ -34,21 +36,7 @@ from hovle_core.official_tensors import load_released
 attention.register()
 
 
-def split_cache(cache: Cache, num_llm_layers: int) -> tuple[Cache, Cache]:
-    """One cache as two views that share its layers: the embedding blocks' and the LLM's.
-
-    The LLM's layers come first, so that the whole cache's length is that of `input_ids` for `generate`, also for
-    HoVLE-HD, whose blocks cache more tokens than the LLM. Raises ValueError for a cache without its layers.
-    """
-    if len(cache.layers) <= num_llm_layers:
-        raise ValueError(
-            f"past_key_values has {len(cache.layers)} layers, fewer than the LLM's {num_llm_layers} and the embedding "
-            "blocks'; make it with DynamicCache(config=model.config)"
-        )
-    return Cache(layers=cache.layers[num_llm_layers:]), Cache(layers=cache.layers[:num_llm_layers])
-
-
-class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class HovleForConditionalGeneration(PreTrainedModel, HovleGenerationMixin):
     """`model(input_ids, pixel_values)` -> logits; `model.generate(...)` with one cache for blocks and LLM.
 
     `from_pretrained` reads our own format and the released one (`config.json` with `embedding_config`),
@@ -146,47 +134,43 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module | None:
         return self.language_model.get_output_embeddings()
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, **kwargs: Any) -> nn.Embedding:
+        """Both tables: the blocks' and the LLM's own, whose head goes with it. Arguments as in transformers."""
+        self.language_model.resize_token_embeddings(new_num_tokens, **kwargs)
+        return self.embedding.resize_token_embeddings(new_num_tokens, **kwargs)
+
     def embed(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         expansion: Expansion | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """The holistic embedding's output, the LLM's `inputs_embeds [B, T, D]`. Arguments as in `forward`."""
-        position_ids = self._positions(input_ids, attention_mask, position_ids, past_key_values)
+        """The holistic embedding's output, which the LLM reads, `[B, T, D]`. Arguments as in `forward`."""
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("give input_ids or inputs_embeds, and not both")
+        position_ids = self._positions(tokens, attention_mask, position_ids, past_key_values)
         stacks = (self.embedding.config._attn_implementation, self.language_model.config._attn_implementation)
         attention.check_packing(position_ids, attention_mask, past_key_values is not None, stacks)
         return self.embedding(
             input_ids,
-            input_ids == self.config.image_token_id,
+            self._is_image(tokens),
             pixel_values,
             position_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             expansion=expansion,
+            inputs_embeds=inputs_embeds,
         )
 
-    @staticmethod
-    def _positions(
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-    ) -> Tensor:
-        if position_ids is not None:
-            return position_ids
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        T = input_ids.shape[1]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
-        return (torch.arange(T, device=input_ids.device) + past).unsqueeze(0)
-
+    @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor = None,  # type: ignore[assignment]  # needed; a default as transformers' forwards have
+        input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -194,6 +178,7 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        inputs_embeds: Tensor | None = None,
         expansion: Expansion | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -207,10 +192,12 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             transformers keyword, sets another divisor). In training there are then no logits: the head runs at the
             targets only.
         logits_to_keep: as in transformers; an index `[K]` computes logits at those positions only, an empty one none.
-        expansion: the blocks' view of a padded HoVLE-HD batch behind a cache; made by `generate`.
+        inputs_embeds: `[B, T, D]` in place of input_ids: what `get_input_embeddings()(input_ids)` gives, placeholders
+            (known by their embedding) included. It enters the embedding blocks; what the LLM reads is `embed`'s.
+        expansion: the blocks' view of a batch behind a HoVLE-HD or a static cache; made by `generate`.
 
-        Raises ValueError if placeholders and tiles disagree (with both counts), or if packed rows meet a cache or an
-        attention_mask.
+        Raises ValueError if placeholders and tiles disagree (with both counts), if packed rows meet a cache or an
+        attention_mask, or unless one of input_ids and inputs_embeds is given.
         """
         if kwargs.get("cu_seq_lens_q") is not None and position_ids is None:
             raise ValueError(
@@ -222,13 +209,15 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         blocks_cache = llm_cache = None
         if past_key_values is not None:
             grow_in_place(past_key_values)
-            blocks_cache, llm_cache = self._split(past_key_values)
-        position_ids = self._positions(input_ids, attention_mask, position_ids, llm_cache)
-        inputs_embeds = self.embed(
-            input_ids, pixel_values, attention_mask, position_ids, blocks_cache, expansion
+            blocks_cache, llm_cache = self._split_cache(past_key_values)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is not None:  # else embed refuses
+            position_ids = self._positions(tokens, attention_mask, position_ids, llm_cache)
+        embedded = self.embed(
+            input_ids, pixel_values, attention_mask, position_ids, blocks_cache, expansion, inputs_embeds
         )
         inputs = {
-            "inputs_embeds": inputs_embeds,
+            "inputs_embeds": embedded,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "past_key_values": llm_cache,
@@ -244,36 +233,7 @@ class HovleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         outputs.past_key_values = past_key_values  # the whole cache, not the LLM's view of it
         return outputs
 
-    def _split(self, cache: Cache) -> tuple[Cache, Cache]:
-        return split_cache(cache, self.config.text_config.num_hidden_layers)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        is_first_iteration: bool = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Pictures enter with the prompt only; HoVLE-HD also learns how far each row's pictures expand."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, attention_mask=attention_mask, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if is_first_iteration or not kwargs.get("use_cache", True):
-            inputs["pixel_values"] = pixel_values
-        repeats = self.config.embedding_config.block_tokens_per_placeholder
-        if (
-            repeats > 1
-            and not is_first_iteration
-            and attention_mask is not None
-            and kwargs.get("use_cache", True)
-        ):
-            whole = expand_placeholders(input_ids == self.config.image_token_id, repeats, attention_mask)
-            new = inputs["input_ids"].shape[1]
-            steps = torch.arange(new, device=input_ids.device).expand(input_ids.shape[0], new)
-            inputs["expansion"] = Expansion(steps, whole.attention_mask, whole.position_ids[:, -new:])
-        return inputs
-
 
 AutoModel.register(HovleConfig, HovleForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(HovleConfig, HovleForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(HovleConfig, HovleForConditionalGeneration, exist_ok=True)

@@ -1,0 +1,147 @@
+"""What `generate` asks of a HoVLE: one cache for two stacks, pictures with the prompt, the blocks' view of a batch.
+
+Shapes: B batch, T tokens of the prompt, D hidden size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Cache, GenerationMixin
+from transformers.masking_utils import create_causal_mask
+
+from hovle_core.config import HovleConfig
+from hovle_core.fusion import Expansion, expand_placeholders, text_step
+from hovle_core.holistic_embedding import HolisticEmbedding
+
+
+def split_cache(cache: Cache, num_llm_layers: int) -> tuple[Cache, Cache]:
+    """One cache as two views that share its layers: the embedding blocks' and the LLM's.
+
+    The LLM's layers come first, so that the whole cache's length is that of `input_ids` for `generate`, also for
+    HoVLE-HD, whose blocks cache more tokens than the LLM. Raises ValueError for a cache without its layers.
+    """
+    if len(cache.layers) <= num_llm_layers:
+        raise ValueError(
+            f"past_key_values has {len(cache.layers)} layers, fewer than the LLM's {num_llm_layers} and the embedding "
+            "blocks'; make it with DynamicCache(config=model.config)"
+        )
+    return Cache(layers=cache.layers[num_llm_layers:]), Cache(layers=cache.layers[:num_llm_layers])
+
+
+class HovleGenerationMixin(GenerationMixin):
+    """`generate` for HovleForConditionalGeneration, which brings `config` and `embedding`."""
+
+    config: HovleConfig
+    embedding: HolisticEmbedding
+
+    def _split_cache(self, cache: Cache) -> tuple[Cache, Cache]:
+        return split_cache(cache, self.config.text_config.num_hidden_layers)
+
+    def _is_image(self, tokens: Tensor) -> Tensor:
+        """Where the placeholders are, `[B, T]`; `tokens` are `input_ids [B, T]` or `inputs_embeds [B, T, D]`."""
+        if tokens.ndim == 2:
+            return tokens == self.config.image_token_id
+        placeholder = self.embedding.embed_tokens.weight[self.config.image_token_id]
+        return (tokens == placeholder).all(-1)
+
+    @staticmethod
+    def _positions(
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> Tensor:
+        if position_ids is not None:
+            return position_ids
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        T = tokens.shape[1]
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+        return (torch.arange(T, device=tokens.device) + past).unsqueeze(0)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Pictures enter with the prompt only. The blocks get their own view of the batch where the LLM's does not
+        do: behind a HoVLE-HD cache, and behind a static one, for which the LLM's mask is made before its forward."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        prefill = is_first_iteration or past_key_values is None or not past_key_values.is_initialized
+        if prefill:
+            inputs["pixel_values"] = pixel_values
+        if past_key_values is not None:
+            prompt = input_ids if inputs_embeds is None else inputs_embeds
+            new = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            if attention_mask is None:  # generate drops one that hides nothing
+                seen = int(past_key_values.get_seq_length()) + new.shape[1]
+                attention_mask = torch.ones(new.shape[0], seen, dtype=torch.long, device=new.device)
+            if (
+                inputs_embeds is not None or prompt.shape[1] == attention_mask.shape[1]
+            ):  # the whole prompt is known
+                inputs["expansion"] = self._blocks_view(
+                    self._is_image(prompt), attention_mask, past_key_values, new.shape[1]
+                )
+        return inputs
+
+    def _blocks_view(
+        self, is_image: Tensor, attention_mask: Tensor, cache: Cache, new: int
+    ) -> Expansion | None:
+        """The blocks' view of the last `new` tokens of a batch; None where `forward` can tell by itself.
+
+        is_image: `[B, T]` of the prompt; what follows it, up to the attention_mask's length, is text.
+        """
+        repeats, past = self.config.embedding_config.block_tokens_per_placeholder, cache.is_initialized
+        if repeats == 1:
+            if not cache.is_compileable:
+                return None
+            view = Expansion(
+                None, attention_mask, self._positions(is_image[:, :new], attention_mask, None, None)
+            )
+        else:
+            is_image = F.pad(is_image, (0, attention_mask.shape[1] - is_image.shape[1]))
+            if not past:
+                return expand_placeholders(is_image, repeats, attention_mask)
+            if bool(is_image[:, -new:].any()):
+                return None
+            view = text_step(is_image, repeats, attention_mask, new)
+        if not (past and cache.is_compileable):
+            return view
+        mask = create_causal_mask(
+            config=self.config.embedding_config,
+            inputs_embeds=self.embedding.embed_tokens.weight.new_empty(is_image.shape[0], new, 0),
+            attention_mask=view.attention_mask,
+            past_key_values=self._split_cache(cache)[0],
+            position_ids=view.position_ids,
+        )
+        return Expansion(None, mask, view.position_ids)
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Beams and several answers to a prompt repeat its tiles with it: all of a row's, then all of them again."""
+        pixel_values = kwargs.pop("pixel_values", None)
+        if expand_size > 1 and pixel_values is not None:
+            prompt = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else input_ids
+            assert prompt is not None
+            tiles = self._is_image(prompt).sum(1) // self.config.embedding_config.tokens_per_tile
+            rows = pixel_values.split(tiles.tolist())
+            pixel_values = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in rows])
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, input_ids=input_ids, **kwargs
+        )
+        return input_ids, {**kwargs, "pixel_values": pixel_values}
