@@ -126,8 +126,69 @@ def test_call_expands_placeholders(processor):
     assert (inputs["input_ids"] == processor.image_token_id).sum(1).tolist() == [4, 12]
     with pytest.raises(ValueError, match="1 <IMG_CONTEXT> placeholders for 2 images"):
         processor(images=[RED, RED], text="<IMG_CONTEXT>")
-    with pytest.raises(ValueError, match="unknown arguments"):
-        processor(text="a", padding=True)
+    nested = processor(images=[[RED], [WIDE]], text=["<IMG_CONTEXT> a", "<IMG_CONTEXT>"], padding=True)
+    assert (nested["input_ids"] == processor.image_token_id).sum(1).tolist() == [4, 12]
+    with pytest.raises(ValueError, match="unknown arguments.*truncation"):
+        processor(text="a", truncation=True)
+    with pytest.raises(ValueError, match="padding True"):
+        processor(text="a", padding="max_length")
+
+
+def with_picture(text, **source):
+    return {"role": "user", "content": [{"type": "image", **source}, {"type": "text", "text": text}]}
+
+
+def test_chat_template_is_encode_and_batch(processor, tmp_path):
+    """transformers' door: pictures inside the messages, as objects or files."""
+    WIDE.save(tmp_path / "wide.png")
+    conversations = [
+        [with_picture("a", image=RED)],
+        [with_picture("a longer one", path=tmp_path / "wide.png")],
+    ]
+    expected = processor.batch(
+        [
+            processor.encode([user("a")], [RED], add_generation_prompt=True),
+            processor.encode([user("a longer one")], [WIDE], add_generation_prompt=True),
+        ]
+    )
+    options = {"add_generation_prompt": True, "tokenize": True}
+    inputs = processor.apply_chat_template(conversations, return_dict=True, **options)
+    assert inputs.keys() == expected.keys()
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    alone = processor.apply_chat_template(conversations[1], **options)
+    assert alone.tolist() == inputs["input_ids"][1:].tolist()
+
+    text = processor.apply_chat_template(conversations[1], add_generation_prompt=True)
+    assert text.count("<IMG_CONTEXT>") == 1
+    assert processor(images=WIDE, text=text)["input_ids"].tolist() == alone.tolist()
+    assert processor.apply_chat_template(conversations, add_generation_prompt=True)[1] == text
+
+
+def test_chat_template_leaves_an_answer_open(processor):
+    messages = [with_picture("what is this", image=RED), assistant("a red")]
+    ids = processor.apply_chat_template(messages, continue_final_message=True, tokenize=True)[0].tolist()
+    whole = processor.encode([user("what is this"), assistant("a red")], [RED]).input_ids.tolist()
+    assert ids == whole[: len(ids)]
+    assert processor.tokenizer.decode(ids).endswith("assistant\na red")
+
+
+def test_chat_template_refuses_what_it_cannot_do(processor):
+    with pytest.raises(ValueError, match="holds no picture; give"):
+        processor.apply_chat_template([user("a")], tokenize=True)
+    with pytest.raises(ValueError, match="spells the special token '<IMG_CONTEXT>'.*tokenize=True"):
+        processor.apply_chat_template([user("see <IMG_CONTEXT>", 0)])
+    with pytest.raises(ValueError, match="return_tensors"):
+        processor.apply_chat_template([user("a", 0)], tokenize=True, return_tensors="np")
+    with pytest.raises(ValueError, match="processor_kwargs {'max_length': 3}"):
+        processor.apply_chat_template([user("a", 0)], tokenize=True, processor_kwargs={"max_length": 3})
+    with pytest.raises(ValueError, match=r"cannot open image 'none\.png'"):
+        processor.apply_chat_template([with_picture("a", image="none.png")], tokenize=True)
+
+
+def test_chat_template_and_its_variables_are_the_callers(processor):
+    template = "{{ prefix }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    ids = processor.apply_chat_template([user("a", 0)], chat_template=template, prefix="what ", tokenize=True)
+    assert processor.tokenizer.decode(ids[0]) == "what a"
 
 
 def test_round_trip_through_auto_processor(processor, tmp_path):

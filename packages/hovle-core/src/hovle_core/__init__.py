@@ -1,11 +1,13 @@
 """HoVLE: model, processor, plugin loader and the ``hovle`` command.
 
 Names are exported lazily (PEP 562): ``import hovle_core`` imports neither torch nor transformers, so that
-``hovle --help`` and plugin modules stay fast.
+``hovle --help`` and plugin modules stay fast. transformers' Auto classes know HoVLE all the same (``hovle_core.auto``).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from hovle_core import auto
 
 if TYPE_CHECKING:
     from hovle_core.config import HolisticEmbeddingConfig, HovleConfig
@@ -59,3 +61,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+auto.register()

@@ -10,6 +10,13 @@ PIXEL_SHUFFLE_LOCATIONS = ("pre", "post")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MASK_TYPES = ("causal", "image_bidirectional")
+# InternLM2-chat-1.8B, which is a Llama (hovle_core.official).
+RELEASED_LLM = {
+    "model_type": "llama", "vocab_size": 92553, "hidden_size": 2048, "intermediate_size": 8192,
+    "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 32768, "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6},
+}  # fmt: skip
 
 
 class HolisticEmbeddingConfig(PreTrainedConfig):
@@ -99,7 +106,8 @@ class HolisticEmbeddingConfig(PreTrainedConfig):
 
 
 class HovleConfig(PreTrainedConfig):
-    """A HoVLE: `embedding_config` for the holistic embedding, `text_config` for any transformers causal LM.
+    """A HoVLE: `embedding_config` for the holistic embedding, `text_config` for any transformers causal LM
+    (without one the released model's).
 
     `image_token_id` is the placeholder in `input_ids` that an image token replaces (`<IMG_CONTEXT>`). `released` is the
     `config.json` of the released checkpoint that this one comes from: `hovle convert --to released` starts from it.
@@ -108,7 +116,7 @@ class HovleConfig(PreTrainedConfig):
     model_type = "hovle"
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
-        "embedding_config": HolisticEmbeddingConfig,
+        "embedding_config": SubConfigSpec(config_class=HolisticEmbeddingConfig),
     }
 
     if TYPE_CHECKING:  # dicts and None are taken in and never kept: transformers builds the sub-configs
@@ -123,6 +131,8 @@ class HovleConfig(PreTrainedConfig):
     released: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.text_config is None:
+            self.text_config = dict(RELEASED_LLM)
         super().__post_init__(**kwargs)
         if self.embedding_config.hidden_size != self.text_config.hidden_size:
             raise ValueError(
@@ -132,7 +142,7 @@ class HovleConfig(PreTrainedConfig):
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The LLM's config; for `decoder=True` with the embedding blocks counted in, since `generate` sizes its
-        cache by it. The LLM's layers come first in that cache (see `modeling.split_cache`)."""
+        cache by it. The LLM's layers come first in that cache (see `generation.split_cache`)."""
         text_config = super().get_text_config(decoder=decoder, encoder=encoder)
         if not decoder:
             return text_config

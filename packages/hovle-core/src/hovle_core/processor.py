@@ -7,7 +7,7 @@ any other special token, stays text.
 Shapes: T tokens, N tiles, S tile side in pixels, P image tokens a tile.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from hovle_core.hub import HUB_ARGUMENTS, local_folder
 from hovle_core.image_processor import HovleImageProcessor
 from hovle_core.losses import IGNORE_INDEX
 from hovle_core.official import is_released
-from hovle_core.rendering import Message, Rendering, text_ids
+from hovle_core.rendering import Message, Rendering, open_pictures, text_ids
 
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
@@ -108,7 +108,17 @@ class HovleProcessor(ProcessorMixin):
         Raises ValueError if the counts of images and image parts differ, or if the chat template rewrites earlier
         turns when later ones come (answers could then not be told from prompts).
         """
-        rendering = Rendering(self.tokenizer, messages, self.chat_template)
+        return self._encode(
+            Rendering(self.tokenizer, messages, self.chat_template), images, add_generation_prompt
+        )
+
+    def _encode(
+        self,
+        rendering: Rendering,
+        images: Sequence[Picture],
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+    ) -> Encoded:
         tiles = [self.tiles(image) for image in images]
         if len(tiles) != rendering.num_images:
             raise ValueError(
@@ -118,7 +128,7 @@ class HovleProcessor(ProcessorMixin):
         ids: list[int] = []
         labels: list[int] = []
         pictures = iter([self._picture(len(t)) for t in tiles])
-        for text, is_target in rendering.segments(add_generation_prompt):
+        for text, is_target in rendering.segments(add_generation_prompt, continue_final_message):
             segment = rendering.tokenize(text, pictures)
             ids += segment
             labels += self._answer_labels(segment) if is_target else [IGNORE_INDEX] * len(segment)
@@ -183,25 +193,26 @@ class HovleProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: Image.Image | Sequence[Image.Image] | None = None,
+        images: Image.Image | Sequence[Any] | None = None,
         text: str | Sequence[str] | None = None,
         return_tensors: str = "pt",
+        padding: bool | str = True,
         **kwargs: Any,
     ) -> BatchFeature:
         """text (one or many) with one `<IMG_CONTEXT>` for each picture of `images`, in order -> model inputs.
 
         The text is a rendered prompt of the caller's own, so its special tokens count; for messages from users
-        use `encode`. Raises ValueError if placeholders and images disagree.
+        use `encode` or `apply_chat_template`. `images` may be nested, a list a text. Texts are padded on the left.
+        Raises ValueError if placeholders and images disagree.
         """
         if kwargs:
             raise ValueError(
-                f"unknown arguments {sorted(kwargs)}; HovleProcessor takes images, text, return_tensors"
+                f"unknown arguments {sorted(kwargs)}; HovleProcessor takes images, text, return_tensors, padding"
             )
-        if return_tensors != "pt" or text is None:
-            raise ValueError("text is needed, and return_tensors must be 'pt'")
+        if return_tensors != "pt" or text is None or padding not in (True, "longest"):
+            raise ValueError("text is needed, return_tensors must be 'pt' and padding True")
         texts = [text] if isinstance(text, str) else list(text)
-        pictures = [] if images is None else [images] if isinstance(images, Image.Image) else list(images)
-        tiles = [self.image_processor.tiles(picture) for picture in pictures]
+        tiles = [self.image_processor.tiles(picture) for picture in _flat(images)]
         placeholders = sum(t.count(self.image_token) for t in texts)
         if placeholders != len(tiles):
             raise ValueError(
@@ -220,6 +231,48 @@ class HovleProcessor(ProcessorMixin):
             samples.append(self._encoded(ids, ids, own))
         return BatchFeature(self.batch(samples))
 
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Message] | Sequence[Sequence[Message]],
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = "pt",
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> str | list[str] | Tensor | BatchFeature:
+        """One conversation or many, pictures inside their messages -> model inputs, as `encode` and `batch` make them.
+
+        An image part is `{"type": "image", "image": PIL image, path or URL}` (also under "path" and "url").
+        `tokenize=False` gives the text for `__call__`, with one `<IMG_CONTEXT>` a picture; kwargs are variables of
+        the template. `return_dict=False` gives `input_ids [B, T]` alone.
+
+        Raises ValueError as `encode` does, and for text that cannot be told from special tokens when not tokenized.
+        """
+        known = {"return_tensors": "pt", "padding": True}
+        if unknown := {k: v for k, v in (processor_kwargs or {}).items() if known.get(k) != v}:
+            raise ValueError(
+                f"processor_kwargs {unknown} are not known; padding is always on, tensors are torch's"
+            )
+        if tokenize and return_tensors not in ("pt", "auto", None):
+            raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
+        one = isinstance(conversation[0], Mapping)
+        conversations: Any = [conversation] if one else conversation
+        template = chat_template or self.chat_template
+        renderings = [Rendering(self.tokenizer, messages, template, kwargs) for messages in conversations]
+        prompt = (add_generation_prompt, continue_final_message)
+        if not tokenize:
+            texts = [rendering.text(self.image_token, *prompt) for rendering in renderings]
+            return texts[0] if one else texts
+        samples = [
+            self._encode(rendering, open_pictures(messages), *prompt)
+            for rendering, messages in zip(renderings, conversations, strict=True)
+        ]
+        inputs = BatchFeature(self.batch(samples))
+        return inputs if return_dict else inputs["input_ids"]
+
     # ---- inside ------------------------------------------------------------------------------------------------
 
     def _picture(self, num_tiles: int) -> list[int]:
@@ -236,6 +289,13 @@ class HovleProcessor(ProcessorMixin):
         size = self.image_processor.tile_size
         stacked = np.concatenate(tiles) if tiles else np.zeros((0, size, size, 3), np.uint8)
         return Encoded(np.asarray(ids, np.int64), np.asarray(labels, np.int64), stacked)
+
+
+def _flat(images: Any) -> list[Image.Image]:
+    """One picture, a list of them, or a list a text, as transformers' pipelines hand them over."""
+    if images is None or isinstance(images, Image.Image):
+        return [] if images is None else [images]
+    return [picture for part in images for picture in _flat(part)]
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -10,7 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
+from transformers.image_utils import load_image
+
+from hovle_core.images import open_image
 
 Message = Mapping[str, Any]
 # What stands in a rendered prompt for a picture or a spelled-out special token.
@@ -30,13 +34,19 @@ def _any_of(tokens: tuple[str, ...]) -> re.Pattern:
 class Rendering:
     """Messages (transformers style) with marks in them; `num_images` counts their image parts.
 
+    `variables` are the template's, beside the messages.
+
     Raises ValueError for a content part that is neither text nor image.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat_template: str | None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        messages: Sequence[Message],
+        chat_template: str | None,
+        variables: Mapping[str, Any] | None = None,
     ):
-        self.tokenizer, self.chat_template = tokenizer, chat_template
+        self.tokenizer, self.chat_template, self.variables = tokenizer, chat_template, variables or {}
         self.special = _any_of(tuple(tokenizer.all_special_tokens))
         self.num_images = 0
         self.nonce = secrets.token_hex(8)
@@ -44,7 +54,7 @@ class Rendering:
         self.literals: list[str] = []
         self.messages = [{**message, "content": self._content(message["content"])} for message in messages]
 
-    def _content(self, content: str | Sequence[Mapping[str, str]]) -> str:
+    def _content(self, content: str | Sequence[Mapping[str, Any]]) -> str:
         if isinstance(content, str):
             return self._text(content)
         out = []
@@ -67,27 +77,32 @@ class Rendering:
 
         return self.special.sub(mark, text)
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], **options: bool) -> str:
         from jinja2 import TemplateError  # transformers renders with it
 
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages),
                 tokenize=False,
-                add_generation_prompt=add_generation_prompt,
                 chat_template=self.chat_template,
+                **options,
+                **self.variables,
             )
         except TemplateError as error:  # such as raise_exception for an order of roles
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 
-    def segments(self, add_generation_prompt: bool) -> list[tuple[str, bool]]:
+    def segments(
+        self, add_generation_prompt: bool, continue_final_message: bool = False
+    ) -> list[tuple[str, bool]]:
         """The rendered conversation as (text, is it an answer) pieces in order.
 
+        `continue_final_message` leaves the last message open, for `generate` to go on with.
         Raises ValueError if the template rewrites earlier turns when later ones come.
         """
         pieces, done = [], ""
+        last = len(self.messages) - 1
         for i, message in enumerate(self.messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or (continue_final_message and i == last):
                 continue
             prompt = self._render(self.messages[:i], add_generation_prompt=True)
             answer = self._render(self.messages[: i + 1], add_generation_prompt=False)
@@ -97,14 +112,32 @@ class Rendering:
                 )
             pieces += [(prompt[len(done) :], False), (answer[len(prompt) :], True)]
             done = answer
-        if add_generation_prompt or not pieces or self.messages[-1]["role"] != "assistant":
-            rest = self._render(self.messages, add_generation_prompt)
+        ends_open = add_generation_prompt or continue_final_message
+        if ends_open or not pieces or self.messages[-1]["role"] != "assistant":
+            rest = self._render(
+                self.messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
             if not rest.startswith(done):
                 raise ValueError(
                     "the chat template rewrites earlier turns, so answers cannot be told from prompts"
                 )
             pieces.append((rest[len(done) :], False))
         return pieces
+
+    def text(self, image_token: str, add_generation_prompt: bool, continue_final_message: bool) -> str:
+        """The whole conversation as text with `image_token` for each picture.
+
+        Raises ValueError where a message spells a special token: in plain text it would become one.
+        """
+        if self.literals:
+            raise ValueError(
+                f"a message spells the special token {self.literals[0]!r}, which plain text cannot tell from a real "
+                "one; use apply_chat_template(..., tokenize=True)"
+            )
+        pieces = self.segments(add_generation_prompt, continue_final_message)
+        return "".join(text for text, _ in pieces).replace(self.image_mark, image_token)
 
     def tokenize(self, text: str, pictures: Iterator[list[int]]) -> list[int]:
         """A rendered piece -> ids; each picture's mark takes the next of `pictures`, literals become plain text."""
@@ -123,3 +156,24 @@ class Rendering:
 
     def _plain(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def open_pictures(messages: Sequence[Message]) -> list[Image.Image]:
+    """The pictures inside messages, in order. Raises ValueError for an image part that names none."""
+    parts = [
+        part for message in messages if not isinstance(message["content"], str) for part in message["content"]
+    ]
+    return [_open(part) for part in parts if part["type"] == "image"]
+
+
+def _open(part: Mapping[str, Any]) -> Image.Image:
+    source = next((part[key] for key in ("image", "path", "url") if key in part), None)
+    if isinstance(source, Image.Image):
+        return source
+    if source is None:
+        raise ValueError(
+            'an image part holds no picture; give {"type": "image", "image": PIL image, path or URL}'
+        )
+    if str(source).startswith(("http://", "https://", "data:")):
+        return load_image(source)
+    return open_image(source)

@@ -1,0 +1,119 @@
+"""What `import hovle_core` does to transformers, in processes of their own: registered, and nothing heavy loaded."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import hovle_core
+
+SOURCE = Path(hovle_core.__file__).parent
+
+
+def in_new_process(code: str, *arguments: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+REGISTERED = """
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText,
+                          AutoModelForMultimodalLM, AutoProcessor)
+import torch
+assert type(AutoConfig.for_model("hovle")).__name__ == "HovleConfig"
+from hovle_core.testing import tiny_hovle, tiny_processor, tiny_tokenizer
+processor = tiny_processor(tiny_tokenizer())
+model = tiny_hovle(processor.tokenizer)
+for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    assert type(auto.from_config(model.config)) is type(model), auto
+try:
+    AutoModelForCausalLM.from_config(model.config)
+except ValueError as error:
+    assert "Unrecognized configuration class" in str(error)  # a HoVLE takes pictures: it is no plain causal LM
+else:
+    raise AssertionError
+processor.save_pretrained("checkpoint")
+processor.image_processor.save_pretrained("images")
+model.save_pretrained("checkpoint")
+model.config.save_pretrained("images")
+assert type(AutoProcessor.from_pretrained("checkpoint")).__name__ == "HovleProcessor"
+for folder in ("checkpoint", "images"):
+    assert type(AutoImageProcessor.from_pretrained(folder)).__name__ == "HovleImageProcessor", folder
+"""
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_auto_classes_know_hovle_whichever_is_imported_first(order, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = "import sys, hovle_core; assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    in_new_process(
+        first + REGISTERED
+        if order == "before"
+        else f"from transformers import AutoModel\nimport hovle_core{REGISTERED}"
+    )
+
+
+WITHOUT_ANYTHING_ELSE = """
+import sys
+blocked, modules = (argument.split(",") for argument in sys.argv[1:])
+
+class Without:
+    "A finder as it was, for which some packages are not installed: transformers looks for them, and goes without."
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in blocked else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+from importlib import import_module
+for module in modules:
+    import_module(module)
+from PIL import Image
+from hovle_core.testing import tiny_hovle, tiny_processor, tiny_tokenizer
+processor = tiny_processor(tiny_tokenizer())
+inputs = processor(images=Image.new("RGB", (56, 56)), text="<IMG_CONTEXT>what is this")
+out = tiny_hovle(processor.tokenizer).generate(**inputs, max_new_tokens=2, eos_token_id=None)
+assert out.shape[1] == inputs["input_ids"].shape[1] + 2
+assert not set(blocked) & set(sys.modules)
+"""
+# Installed beside hovle-core in a workspace, and no dependency of it (torchvision is transformers' choice to use).
+OTHERS = (
+    "ray", "timm", "torchvision", "webdataset", "wandb", "pydantic", "rich", "psutil", "scipy", "sklearn", "pandas",
+    "accelerate", "gguf", "peft", "torchao", "flash_attn", "sentencepiece", "hovle_data", "hovle_train", "hovle_serve",
+)  # fmt: skip
+
+
+def test_everything_imports_and_generates_without_what_is_not_declared() -> None:
+    files = (path.relative_to(SOURCE.parent).with_suffix("") for path in SOURCE.rglob("*.py"))
+    modules = sorted(".".join(file.parts).removesuffix(".__init__") for file in files)
+    in_new_process(WITHOUT_ANYTHING_ELSE, ",".join(OTHERS), ",".join(modules))
+
+
+def test_declared_dependencies_are_exactly_those_that_are_imported() -> None:
+    imported = set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").partition(".")[0])
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
+    extras = {re.match(r"[\w-]+", x)[0] for lines in project["optional-dependencies"].values() for x in lines}
+    assert {{"pillow": "PIL"}.get(name, name) for name in declared} == imported - {
+        "hovle_core", *extras, *sys.stdlib_module_names
+    }  # fmt: skip
+    assert {"flash", "gguf", "peft", "quantization"} <= set(project["optional-dependencies"])
