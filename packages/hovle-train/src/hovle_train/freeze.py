@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def freeze_except(module: nn.Module, prefixes: Sequence[str]) -> None:
@@ -20,8 +21,14 @@ def freeze_except(module: nn.Module, prefixes: Sequence[str]) -> None:
 
 
 def set_train_mode(module: nn.Module, parent_trains: bool = True) -> None:
-    """Train mode for modules that hold something trainable, eval for the rest; dropout goes with its parent."""
+    """Train mode for modules that hold something trainable, eval for the rest; dropout goes with its parent.
+
+    transformers' layers recompute their activations in train mode only, and gradients run through a frozen LLM as
+    well (alignment). So with activation checkpointing a frozen layer is in train mode itself, all its parts in eval.
+    """
     parameters = list(module.parameters())
-    module.training = any(p.requires_grad for p in parameters) if parameters else parent_trains
+    trains = any(p.requires_grad for p in parameters) if parameters else parent_trains
+    recomputes = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+    module.training = trains or recomputes
     for child in module.children():
-        set_train_mode(child, module.training)
+        set_train_mode(child, trains)
