@@ -10,10 +10,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Touched when the installation is complete, so an interrupted one starts again.
 INSTALLED := $(VENV)/.installed
+OLDEST := .venv-oldest
 
 # One line a member; extras are those that the tests and the demo need.
 MEMBERS := \
-	packages/hovle-core[gguf,sentencepiece] \
+	packages/hovle-core[gguf,peft,quantization,sentencepiece] \
 	packages/hovle-data[s3,parquet,datasets] \
 	packages/hovle-train \
 	packages/hovle-serve \
@@ -30,7 +31,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export PYTHONUNBUFFERED ?= 1
 
-.PHONY: help setup demo test test-slow lint format bench clean
+.PHONY: help setup demo test test-slow test-oldest lint format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -58,6 +59,17 @@ test: setup ## the test suite without what is slow (ARGS="-k name -x")
 test-slow: setup ## the slow tests (ARGS=...)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+# Everything but transformers is that of .venv, which a line in a .pth file puts behind the new environment's own
+# packages; it is written last, or pip would find a transformers there already. The command's own tests need no model.
+test-oldest: setup ## core's tests with the oldest transformers that hovle-core declares (ARGS=...)
+	$(PYTHON) -m venv --clear --without-pip $(OLDEST)
+	oldest=$$(sed -n 's/^ *"transformers>=\([0-9.]*\).*/\1/p' packages/hovle-core/pyproject.toml); \
+	$(BIN)/pip --python $(OLDEST)/bin/python install --no-deps "transformers==$$oldest"
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/workspace.pth
+	$(OLDEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	$(OLDEST)/bin/python -m pytest -m "not slow" tests/core tests/numerics --ignore tests/core/test_cli.py $(ARGS)
+
 lint: setup ## ruff, mypy, and the arrows between packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -72,5 +84,5 @@ bench: setup ## the benchmarks, one after another (BENCH=benchmarks/name.py for 
 	for script in $(or $(BENCH),$(sort $(wildcard benchmarks/*.py))); do $(BIN)/python "$$script"; done
 
 clean: ## remove .venv, caches and built files; runs/ stays, it holds what you trained
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist packages/*/dist plugins/*/dist
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist packages/*/dist plugins/*/dist
 	find packages plugins tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

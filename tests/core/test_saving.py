@@ -1,0 +1,169 @@
+"""What is saved is what is loaded, bit for bit: whole, in shards, on several devices, in other dtypes, over HTTP."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from hovle_core import HovleForConditionalGeneration, HovleProcessor
+from hovle_core.testing import tiny_hovle, tiny_llm, tiny_processor, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor(tiny_tokenizer())
+
+
+@pytest.fixture(scope="module", params=["pre", "post"])
+def model(request, processor):
+    return tiny_hovle(processor.tokenizer, pixel_shuffle_loc=request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def inputs(processor):
+    return processor(images=Image.radial_gradient("L").convert("RGB"), text="<IMG_CONTEXT>what is this")
+
+
+def assert_same(first, second):
+    a, b = first.state_dict(), second.state_dict()
+    assert a.keys() == b.keys()
+    assert [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])] == []
+
+
+def test_shards(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 5
+    again, info = HovleForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert_same(again, model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_stored_once_and_tied_again(processor, tied, tmp_path):
+    """The LLM's head is tied to the LLM's own table, never to the embedding's."""
+    V = len(processor.tokenizer)
+    model = HovleForConditionalGeneration.from_language_model(
+        tiny_llm(V, tie_word_embeddings=tied), tiny_hovle(processor.tokenizer).config.embedding_config, 5
+    )
+    model.save_pretrained(tmp_path)
+    again = HovleForConditionalGeneration.from_pretrained(tmp_path)
+    assert_same(again, model)
+    llm = again.language_model
+    assert (llm.lm_head.weight is llm.model.embed_tokens.weight) == tied
+    assert again.embedding.embed_tokens.weight is not llm.model.embed_tokens.weight
+    assert again.get_output_embeddings() is llm.lm_head
+
+
+def test_resized_embeddings_are_saved_and_loaded(processor, tmp_path):
+    model = tiny_hovle(processor.tokenizer)
+    before, size = model.get_input_embeddings().weight.clone(), len(processor.tokenizer) + 3
+    model.resize_token_embeddings(size, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    again = HovleForConditionalGeneration.from_pretrained(tmp_path)
+    assert_same(again, model)
+    assert again.get_input_embeddings().weight.shape[0] == again.get_output_embeddings().out_features == size
+    assert torch.equal(again.get_input_embeddings().weight[:-3], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype(folder, inputs, dtype, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model(**inputs).logits.dtype == dtype
+    model.save_pretrained(tmp_path)
+    assert_same(AutoModelForImageTextToText.from_pretrained(tmp_path), model)  # "auto": as saved
+
+
+def test_device_map_splits_both_stacks_and_no_block(model, folder, inputs, tmp_path):
+    """The disk stands for a second device: what lies there is brought in block by block, as accelerate does."""
+    assert model._no_split_modules >= {"TransformerBlock", "LlamaDecoderLayer"}
+    devices = {
+        "embedding.embed_tokens": "cpu", "embedding.patch_embed": "disk", "embedding.pixel_shuffle_proj": "cpu",
+        "embedding.rotary_emb": "cpu", "embedding.layers.0": "cpu", "embedding.layers.1": "disk",
+        "language_model.model.layers.0": "disk", "language_model.model.layers.1": "cpu",
+        "language_model.model.embed_tokens": "cpu", "language_model.model.norm": "cpu",
+        "language_model.model.rotary_emb": "cpu", "language_model.lm_head": "cpu",
+    }  # fmt: skip
+    split = AutoModelForImageTextToText.from_pretrained(folder, device_map=devices, offload_folder=tmp_path)
+    assert split.embedding.layers[1].mlp.up_proj.weight.device.type == "meta"
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(split.generate(**inputs, **options), model.generate(**inputs, **options))
+    assert_same(AutoModelForImageTextToText.from_pretrained(folder, device_map="auto"), model)
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(processor, inputs):
+    for location in ("pre", "post"):
+        model = tiny_hovle(processor.tokenizer, pixel_shuffle_loc=location).train()
+        layers, runs = [*model.embedding.layers, *model.language_model.model.layers], []
+        for layer in layers:
+            layer.self_attn.register_forward_pre_hook(lambda *args, runs=runs: runs.append(args[0]))
+
+        def gradients(model=model, runs=runs):
+            runs.clear()
+            model.zero_grad()
+            model(**inputs, labels=inputs["input_ids"]).loss.backward()
+            return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, len(
+                runs
+            )
+
+        plain, once = gradients()
+        model.gradient_checkpointing_enable()
+        recomputed, twice = gradients()
+        model.gradient_checkpointing_disable()
+        assert (once, twice, gradients()[1]) == (len(layers), 2 * len(layers), len(layers))
+        assert plain.keys() == recomputed.keys()
+        assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
+PUSH = """
+import hovle_core
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model, processor = AutoModelForImageTextToText.from_pretrained("made"), AutoProcessor.from_pretrained("made")
+model.push_to_hub("someone/hovle-tiny", max_shard_size="40KB", token="none")
+processor.push_to_hub("someone/hovle-tiny", token="none")
+"""
+
+
+def test_push_to_hub_and_back(processor, tmp_path):
+    """huggingface_hub's own client against a hub on loopback (push_hub.py); test_hub.py reads from one."""
+    (tmp_path / "hub").mkdir()
+    model = tiny_hovle(processor.tokenizer)
+    model.save_pretrained(tmp_path / "made")
+    processor.save_pretrained(tmp_path / "made")
+    script = Path(__file__).with_name("push_hub.py")
+    hub = subprocess.Popen([sys.executable, script, tmp_path / "hub"], stdout=subprocess.PIPE, text=True)
+    try:
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.stdout.readline().strip(), "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
+            "NO_PROXY": "127.0.0.1",
+        }  # fmt: skip
+        result = subprocess.run(
+            [sys.executable, "-c", PUSH],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    finally:
+        hub.kill()
+        hub.wait()
+    assert result.returncode == 0, result.stderr
+    pushed = tmp_path / "hub" / "someone" / "hovle-tiny"
+    assert len(list(pushed.glob("model-*.safetensors"))) > 3
+    assert json.loads((pushed / "config.json").read_text())["model_type"] == "hovle"
+    assert_same(AutoModelForImageTextToText.from_pretrained(pushed), model)
+    assert HovleProcessor.from_pretrained(pushed).tokens_per_tile == processor.tokens_per_tile
