@@ -8,8 +8,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import pytest
-
 import hovle_core
 
 SOURCE = Path(hovle_core.__file__).parent
@@ -53,19 +51,19 @@ for folder in ("checkpoint", "images"):
 """
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_auto_classes_know_hovle_whichever_is_imported_first(order, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    first = "import sys, hovle_core; assert not {'torch', 'transformers'} & set(sys.modules)\n"
+def test_auto_classes_know_hovle_when_they_came_first() -> None:
     in_new_process(
-        first + REGISTERED
-        if order == "before"
-        else f"from transformers import AutoModel\nimport hovle_core{REGISTERED}"
+        "from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor\nimport hovle_core\n"
+        "from transformers.models.auto import modeling_auto, processing_auto\n"
+        "config = type(AutoConfig.for_model('hovle'))\n"
+        "assert modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[config].__module__ == 'hovle_core.modeling'\n"
+        "assert processing_auto.PROCESSOR_MAPPING[config].__module__ == 'hovle_core.processor'\n"
     )
 
 
-WITHOUT_ANYTHING_ELSE = """
-import sys
+WITHOUT_ANYTHING_ELSE = f"""
+import sys, hovle_core
+assert not {{"torch", "transformers"}} & set(sys.modules)
 blocked, modules = (argument.split(",") for argument in sys.argv[1:])
 
 class Without:
@@ -78,14 +76,13 @@ class Without:
         return getattr(self.finder, name)
 
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+{REGISTERED}
 from importlib import import_module
 for module in modules:
     import_module(module)
 from PIL import Image
-from hovle_core.testing import tiny_hovle, tiny_processor, tiny_tokenizer
-processor = tiny_processor(tiny_tokenizer())
 inputs = processor(images=Image.new("RGB", (56, 56)), text="<IMG_CONTEXT>what is this")
-out = tiny_hovle(processor.tokenizer).generate(**inputs, max_new_tokens=2, eos_token_id=None)
+out = model.generate(**inputs, max_new_tokens=2, eos_token_id=None)
 assert out.shape[1] == inputs["input_ids"].shape[1] + 2
 assert not set(blocked) & set(sys.modules)
 """
@@ -96,7 +93,9 @@ OTHERS = (
 )  # fmt: skip
 
 
-def test_everything_imports_and_generates_without_what_is_not_declared() -> None:
+def test_everything_is_registered_and_works_without_what_is_not_declared(tmp_path, monkeypatch) -> None:
+    """hovle_core comes before transformers here, as isort has it."""
+    monkeypatch.chdir(tmp_path)
     files = (path.relative_to(SOURCE.parent).with_suffix("") for path in SOURCE.rglob("*.py"))
     modules = sorted(".".join(file.parts).removesuffix(".__init__") for file in files)
     in_new_process(WITHOUT_ANYTHING_ELSE, ",".join(OTHERS), ",".join(modules))

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -84,16 +83,6 @@ def test_unknown_export_is_an_attribute_error() -> None:
 
     with pytest.raises(AttributeError, match="no attribute 'Hovel'"):
         hovle_core.Hovel  # noqa: B018
-
-
-def test_help_takes_less_than_half_a_second() -> None:
-    def seconds() -> float:
-        start = time.perf_counter()
-        result = in_new_process("from hovle_core.cli import main; main(['--help'])")
-        assert result.returncode == 0, result.stderr
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(5)) < 0.5  # the fastest of five: other jobs share the machine
 
 
 def test_console_script_is_installed() -> None:

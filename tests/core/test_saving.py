@@ -137,6 +137,7 @@ processor.push_to_hub("someone/hovle-tiny", token="none")
 """
 
 
+@pytest.mark.slow
 def test_push_to_hub_and_back(processor, tmp_path):
     """huggingface_hub's own client against a hub on loopback (push_hub.py); test_hub.py reads from one."""
     (tmp_path / "hub").mkdir()
