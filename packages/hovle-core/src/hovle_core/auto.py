@@ -1,18 +1,20 @@
-"""HoVLE in transformers' Auto classes from `import hovle_core` on, though that import loads neither of the two.
+"""HoVLE in transformers' Auto classes from `import hovle_core` on, though that import loads neither torch nor
+transformers.
 
-`AutoModel.register` and its kin need the classes themselves, so they would cost every `hovle --help` an import of
-torch. Instead each of transformers' registries is followed: once it is imported, before or after hovle_core, the
-module of ours that belongs into it is imported too, and that module registers itself in its last lines.
+Our modules register themselves in their last lines, by transformers' public `AutoConfig.register`,
+`AutoModel.register` and so on. Importing them at once would cost every `hovle --help` an import of torch, so each
+waits for the registry that it belongs into: Python imports it right after that one (an ordinary entry of
+`sys.meta_path`; nothing of transformers is changed).
 """
 
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 
-REGISTRIES = {
+REGISTERS_IN = {
     "transformers.models.auto.configuration_auto": "hovle_core.config",
     "transformers.models.auto.modeling_auto": "hovle_core.modeling",
     "transformers.models.auto.image_processing_auto": "hovle_core.image_processor",
@@ -20,29 +22,29 @@ REGISTRIES = {
 }
 
 
-class FollowRegistries(MetaPathFinder):
-    """Finds a registry as Python itself would, and has our module imported right after it."""
+class RegistryLoader(SourceFileLoader):
+    """Loads a registry as Python would by itself, then our module that registers in it."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        import_module(REGISTERS_IN[module.__name__])
+
+
+class RegistryFinder(MetaPathFinder):
+    """Leaves every module but the registries to the finders behind it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(fullname, path, target) if fullname in REGISTRIES else None
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def execute_and_follow(module: ModuleType) -> None:
-            execute(module)
-            import_module(REGISTRIES[fullname])
-
-        spec.loader.exec_module = execute_and_follow  # type: ignore[method-assign]  # of this one loader object
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in REGISTERS_IN else None
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = RegistryLoader(fullname, spec.loader.path)
         return spec
 
 
 def register() -> None:
-    """Register now with what is imported, and with the rest when it is (done by `import hovle_core`)."""
-    if not any(isinstance(finder, FollowRegistries) for finder in sys.meta_path):
-        sys.meta_path.insert(0, FollowRegistries())
-    for registry, ours in REGISTRIES.items():
+    """Register in what is imported already, and in the rest when it is (done by `import hovle_core`)."""
+    sys.meta_path.insert(0, RegistryFinder())
+    for registry, ours in REGISTERS_IN.items():
         if registry in sys.modules:
             import_module(ours)

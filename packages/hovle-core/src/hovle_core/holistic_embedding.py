@@ -187,11 +187,8 @@ class HolisticEmbedding(PreTrainedModel):
     ) -> Tensor:
         """HoVLE-HD: the blocks see every patch; the shuffle brings each tile down to its placeholders after them."""
         repeats = self.config.block_tokens_per_placeholder
-        if (
-            expansion is None
-            and past_key_values is not None
-            and (past := int(past_key_values.get_seq_length()))
-        ):
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if expansion is None and past:
             expansion = after_cache(is_image, repeats, past, attention_mask)
         elif expansion is None:
             # position_ids say something only about packing, and only where nothing is padded.
@@ -204,7 +201,7 @@ class HolisticEmbedding(PreTrainedModel):
             wide = place_image_tokens(wide, wide_is_image, images.flatten(0, 1))
         padded = not bool(expansion.attention_mask.all())
         if past_key_values is not None:
-            make_room(past_key_values, wide.shape[1] - x.shape[1])
+            make_room(past_key_values, past, x.shape[1], wide.shape[1])
         wide = self.blocks(
             wide,
             expansion.attention_mask if padded else None,
@@ -222,16 +219,16 @@ class HolisticEmbedding(PreTrainedModel):
         return place_image_tokens(out, is_image, self.pixel_shuffle_proj(tiles).flatten(0, 1))
 
 
-def make_room(cache: Cache, more: int) -> None:
-    """A static cache is sized for the LLM's tokens; HoVLE-HD's blocks hold `more`, and it is not allocated yet.
+def make_room(cache: Cache, past: int, tokens: int, block_tokens: int) -> None:
+    """A static cache is sized for the LLM's `tokens`; HoVLE-HD's blocks hold `block_tokens`, and are not allocated yet.
 
-    Raises ValueError where it is, and too small.
+    Raises ValueError where they are, and too small.
     """
     for layer in cache.layers:
         if isinstance(layer, StaticLayer) and not layer.is_initialized:
-            layer.max_cache_len += more
-        elif isinstance(layer, StaticLayer) and more:
+            layer.max_cache_len += block_tokens - tokens
+        elif isinstance(layer, StaticLayer) and past + block_tokens > layer.max_cache_len:
             raise ValueError(
-                "past_key_values is a static cache that has no room for another picture of HoVLE-HD; "
-                "use a DynamicCache to add pictures turn by turn"
+                f"past_key_values is a static cache of {layer.max_cache_len} tokens in the embedding blocks, and "
+                f"HoVLE-HD needs {past + block_tokens}; use a DynamicCache to add pictures turn by turn"
             )
