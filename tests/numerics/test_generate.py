@@ -211,17 +211,55 @@ def test_another_turn_behind_the_cache(model, processor, prompts):
     torch.testing.assert_close(out.logits, expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("only_new", [False, True])
-def test_generate_goes_on_from_a_returned_cache(model, processor, prompts, expected, only_new):
-    one = processor.batch(prompts[:1])
-    start = model.generate(**one, **GREEDY | {"max_new_tokens": 3}, return_dict_in_generate=True)
+def test_a_padded_batch_goes_on_from_a_returned_cache(model, batch, expected):
+    start = model.generate(**batch, **GREEDY | {"max_new_tokens": 3}, return_dict_in_generate=True)
     out = model.generate(
-        start.sequences[:, -1:] if only_new else start.sequences,
-        attention_mask=torch.ones_like(start.sequences),
+        start.sequences,
+        attention_mask=torch.cat([batch["attention_mask"], batch["attention_mask"].new_ones(3, 3)], 1),
         past_key_values=start.past_key_values,
         **GREEDY | {"max_new_tokens": NEW - 3},
     )
-    assert out[0, 3 - NEW :].tolist() == expected[0][0, 3:].tolist()
+    assert out[:, 3 - NEW :].tolist() == expected[0][:, 3:].tolist()
+
+
+@pytest.mark.parametrize("only_new", [False, True])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("pictures", [True, False])
+def test_another_turn_of_a_chat(model, processor, prompts, static, only_new, pictures):
+    """On the cache of the turn before, the whole `input_ids` given or only those that are not cached yet."""
+    first, second = processor.batch(prompts[:1]), processor.batch([prompts[1 if pictures else 2]])
+    options = GREEDY | {"max_new_tokens": 3, "disable_compile": True, "return_dict_in_generate": True}
+    if static:
+        options["past_key_values"] = StaticCache(config=model.config, max_cache_len=400)
+    start = model.generate(**first, **options)
+    ids = torch.cat([start.sequences, second["input_ids"]], 1)
+    turns = [turn["pixel_values"] for turn in (first, second) if "pixel_values" in turn]
+    rest = GREEDY | {"attention_mask": torch.ones_like(ids), "disable_compile": True}
+    expected = model.generate(ids, **rest, pixel_values=torch.cat(turns), use_cache=False)[:, -NEW:]
+    cached = start.sequences.shape[1] - 1  # the last token was returned and not yet read
+    out = model.generate(
+        ids[:, cached:] if only_new else ids,
+        **rest,
+        pixel_values=second.get("pixel_values"),
+        past_key_values=start.past_key_values,
+    )
+    assert out[:, -NEW:].tolist() == expected.tolist()
+
+
+def test_a_static_cache_is_reset_or_says_that_it_is_full(processor, prompts, batch):
+    model = sharp(tiny_hovle(processor.tokenizer, pixel_shuffle_loc="post"))
+    expected = model.generate(**batch, **GREEDY, use_cache=False)
+    cache = StaticCache(config=model.config, max_cache_len=expected.shape[1])
+    options = GREEDY | {"past_key_values": cache, "disable_compile": True}
+    for _ in range(2):
+        assert torch.equal(model.generate(**batch, **options), expected)
+        cache.reset()
+    with torch.no_grad():
+        model(**batch, past_key_values=cache)
+        with pytest.raises(
+            ValueError, match="static cache of .* tokens in the embedding blocks, and HoVLE-HD needs"
+        ):
+            model(**processor.batch(prompts[1:2] * 3), past_key_values=cache)
 
 
 def test_forward_needs_one_kind_of_input(model, batch):

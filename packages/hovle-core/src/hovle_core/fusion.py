@@ -112,7 +112,8 @@ def after_cache(is_image: Tensor, repeats: int, past: int, attention_mask: Tenso
     padded = attention_mask is not None and not bool(attention_mask.all())
     if padded or not bool(new.attention_mask.all()):
         raise ValueError(
-            "rows are padded behind a HoVLE-HD cache (attention_mask, or unlike numbers of tiles): pass `expansion` "
-            "(as generate does for text) or one row at a time, since such rows have unlike padding in the blocks"
+            "rows are padded behind a HoVLE-HD cache (attention_mask, or unlike numbers of tiles), so their padding in "
+            "the embedding blocks is unlike too: give one row at a time; text alone also goes on from the whole "
+            "input_ids in generate, or with `expansion`"
         )
     return Expansion(new.source, F.pad(new.attention_mask, (past, 0), value=1), new.position_ids + past)

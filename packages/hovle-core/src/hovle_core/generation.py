@@ -12,7 +12,7 @@ from transformers import Cache, GenerationMixin
 from transformers.masking_utils import create_causal_mask
 
 from hovle_core.config import HovleConfig
-from hovle_core.fusion import Expansion, expand_placeholders, text_step
+from hovle_core.fusion import Expansion, after_cache, expand_placeholders, text_step
 from hovle_core.holistic_embedding import HolisticEmbedding
 
 
@@ -85,47 +85,53 @@ class HovleGenerationMixin(GenerationMixin):
         if prefill:
             inputs["pixel_values"] = pixel_values
         if past_key_values is not None:
-            prompt = input_ids if inputs_embeds is None else inputs_embeds
             new = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
             if attention_mask is None:  # generate drops one that hides nothing
                 seen = int(past_key_values.get_seq_length()) + new.shape[1]
                 attention_mask = torch.ones(new.shape[0], seen, dtype=torch.long, device=new.device)
-            if (
-                inputs_embeds is not None or prompt.shape[1] == attention_mask.shape[1]
-            ):  # the whole prompt is known
-                inputs["expansion"] = self._blocks_view(
-                    self._is_image(prompt), attention_mask, past_key_values, new.shape[1]
-                )
+            if inputs_embeds is None or input_ids.shape[1] == attention_mask.shape[1]:
+                is_image = self._is_image(input_ids)
+            else:  # input_ids are what was generated since, and that is text
+                is_image = F.pad(self._is_image(inputs_embeds), (0, input_ids.shape[1]))
+            # A static cache that was reset is initialized and empty.
+            behind = not prefill or int(past_key_values.get_seq_length()) > 0
+            inputs["expansion"] = self._blocks_view(
+                is_image, attention_mask, past_key_values, new.shape[1], behind
+            )
         return inputs
 
     def _blocks_view(
-        self, is_image: Tensor, attention_mask: Tensor, cache: Cache, new: int
+        self, is_image: Tensor, attention_mask: Tensor, cache: Cache, new: int, behind: bool
     ) -> Expansion | None:
         """The blocks' view of the last `new` tokens of a batch; None where `forward` can tell by itself.
 
-        is_image: `[B, T]` of the prompt; what follows it, up to the attention_mask's length, is text.
+        is_image: `[B, t]` of the last t tokens, which may leave out cached ones. `behind`: tokens are cached.
         """
-        repeats, past = self.config.embedding_config.block_tokens_per_placeholder, cache.is_initialized
+        repeats = self.config.embedding_config.block_tokens_per_placeholder
+        blocks_cache, _ = self._split_cache(cache)
         if repeats == 1:
             if not cache.is_compileable:
                 return None
-            view = Expansion(
-                None, attention_mask, self._positions(is_image[:, :new], attention_mask, None, None)
-            )
+            positions = self._positions(is_image[:, -new:], attention_mask, None, None)
+            view = Expansion(None, attention_mask, positions)
+        elif not behind:
+            return expand_placeholders(is_image, repeats, attention_mask)
         else:
-            is_image = F.pad(is_image, (0, attention_mask.shape[1] - is_image.shape[1]))
-            if not past:
-                return expand_placeholders(is_image, repeats, attention_mask)
-            if bool(is_image[:, -new:].any()):
-                return None
-            view = text_step(is_image, repeats, attention_mask, new)
-        if not (past and cache.is_compileable):
+            text = not bool(is_image[:, -new:].any())
+            if text and is_image.shape[1] == attention_mask.shape[1]:
+                view = text_step(is_image, repeats, attention_mask, new)
+            else:
+                past = int(blocks_cache.get_seq_length())
+                view = after_cache(is_image[:, -new:], repeats, past, attention_mask)
+                if not text:
+                    return view
+        if not (behind and cache.is_compileable):
             return view
         mask = create_causal_mask(
             config=self.config.embedding_config,
             inputs_embeds=self.embedding.embed_tokens.weight.new_empty(is_image.shape[0], new, 0),
             attention_mask=view.attention_mask,
-            past_key_values=self._split_cache(cache)[0],
+            past_key_values=blocks_cache,
             position_ids=view.position_ids,
         )
         return Expansion(None, mask, view.position_ids)
