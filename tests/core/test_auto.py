@@ -1,14 +1,19 @@
 """What `import hovle_core` does to transformers, in processes of their own: registered, and nothing heavy loaded."""
 
 import ast
+import inspect
 import os
 import re
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
+import pytest
+
 import hovle_core
+from hovle_core import auto
 
 SOURCE = Path(hovle_core.__file__).parent
 
@@ -51,14 +56,28 @@ for folder in ("checkpoint", "images"):
 """
 
 
-def test_auto_classes_know_hovle_when_they_came_first() -> None:
-    in_new_process(
-        "from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor\nimport hovle_core\n"
-        "from transformers.models.auto import modeling_auto, processing_auto\n"
-        "config = type(AutoConfig.for_model('hovle'))\n"
-        "assert modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[config].__module__ == 'hovle_core.modeling'\n"
-        "assert processing_auto.PROCESSOR_MAPPING[config].__module__ == 'hovle_core.processor'\n"
-    )
+@pytest.mark.parametrize("imported_first", ["registry", "hovle_core", "member"])
+def test_a_member_registers_once_in_every_order(imported_first, tmp_path, monkeypatch) -> None:
+    """With modules of a line each: a process that imports transformers takes 8 seconds."""
+    (tmp_path / "a_registry.py").write_text("members = []\n")
+    (tmp_path / "a_member.py").write_text("import a_registry\na_registry.members.append(__name__)")
+    monkeypatch.syspath_prepend(tmp_path)
+    others = [finder for finder in sys.meta_path if not isinstance(finder, auto.RegistryFinder)]
+    monkeypatch.setattr(sys, "meta_path", others)
+    monkeypatch.setattr(auto, "REGISTERS_IN", {"a_registry": "a_member"})
+    for name in ("a_registry", "a_member"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    if imported_first == "registry":
+        registry = import_module("a_registry")
+        assert registry.members == []
+        auto.register()
+    else:
+        auto.register()
+        assert "a_member" not in sys.modules
+        import_module("a_member" if imported_first == "member" else "a_registry")
+        registry = sys.modules["a_registry"]
+    assert registry.members == ["a_member"]
+    assert inspect.getsource(registry) == "members = []\n"  # the loader still is Python's own in all else
 
 
 WITHOUT_ANYTHING_ELSE = f"""
