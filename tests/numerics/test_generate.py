@@ -35,9 +35,13 @@ def sharp(model):
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=["pre", "post"])
+@pytest.fixture(
+    scope="module",
+    params=["pre-causal", "pre-image_bidirectional", "post-causal", "post-image_bidirectional"],
+)
 def model(request, processor):
-    return sharp(tiny_hovle(processor.tokenizer, pixel_shuffle_loc=request.param))
+    location, mask_type = request.param.split("-")
+    return sharp(tiny_hovle(processor.tokenizer, pixel_shuffle_loc=location, mask_type=mask_type))
 
 
 @pytest.fixture(scope="module")

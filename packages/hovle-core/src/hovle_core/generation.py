@@ -84,7 +84,8 @@ class HovleGenerationMixin(GenerationMixin):
         prefill = is_first_iteration or past_key_values is None or not past_key_values.is_initialized
         if prefill:
             inputs["pixel_values"] = pixel_values
-        if past_key_values is not None:
+        wider = self.config.embedding_config.block_tokens_per_placeholder > 1
+        if past_key_values is not None and (wider or past_key_values.is_compileable):
             new = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
             if attention_mask is None:  # generate drops one that hides nothing
                 seen = int(past_key_values.get_seq_length()) + new.shape[1]
@@ -95,37 +96,33 @@ class HovleGenerationMixin(GenerationMixin):
                 is_image = F.pad(self._is_image(inputs_embeds), (0, input_ids.shape[1]))
             # A static cache that was reset is initialized and empty.
             behind = not prefill or int(past_key_values.get_seq_length()) > 0
+            pictures = inputs.get("pixel_values") is not None
             inputs["expansion"] = self._blocks_view(
-                is_image, attention_mask, past_key_values, new.shape[1], behind
+                is_image, attention_mask, past_key_values, new.shape[1], behind, pictures
             )
         return inputs
 
     def _blocks_view(
-        self, is_image: Tensor, attention_mask: Tensor, cache: Cache, new: int, behind: bool
-    ) -> Expansion | None:
-        """The blocks' view of the last `new` tokens of a batch; None where `forward` can tell by itself.
+        self, is_image: Tensor, attention_mask: Tensor, cache: Cache, new: int, behind: bool, pictures: bool
+    ) -> Expansion:
+        """The blocks' view of the last `new` tokens of a batch, where `forward` could not tell by itself.
 
-        is_image: `[B, t]` of the last t tokens, which may leave out cached ones. `behind`: tokens are cached.
+        is_image: `[B, t]` of the last t tokens, which may leave out cached ones. `behind`: tokens are cached;
+        `pictures`: there are some among the new tokens.
         """
         repeats = self.config.embedding_config.block_tokens_per_placeholder
         blocks_cache, _ = self._split_cache(cache)
         if repeats == 1:
-            if not cache.is_compileable:
-                return None
             positions = self._positions(is_image[:, -new:], attention_mask, None, None)
             view = Expansion(None, attention_mask, positions)
         elif not behind:
-            return expand_placeholders(is_image, repeats, attention_mask)
+            view = expand_placeholders(is_image, repeats, attention_mask)
+        elif pictures or is_image.shape[1] < attention_mask.shape[1]:
+            past = int(blocks_cache.get_seq_length())
+            view = after_cache(is_image[:, -new:], repeats, past, attention_mask)
         else:
-            text = not bool(is_image[:, -new:].any())
-            if text and is_image.shape[1] == attention_mask.shape[1]:
-                view = text_step(is_image, repeats, attention_mask, new)
-            else:
-                past = int(blocks_cache.get_seq_length())
-                view = after_cache(is_image[:, -new:], repeats, past, attention_mask)
-                if not text:
-                    return view
-        if not (behind and cache.is_compileable):
+            view = text_step(is_image, repeats, attention_mask, new)
+        if pictures or not (behind and cache.is_compileable):
             return view
         mask = create_causal_mask(
             config=self.config.embedding_config,
