@@ -58,6 +58,17 @@ class PixelShuffleProjection(nn.Sequential):
         return super().forward(pixel_shuffle(x, self.factor))
 
 
+class PatchConv2d(nn.Conv2d):
+    """A convolution whose patches do not overlap, `[N, C, H, W] -> [N, D, rows, columns]`, as the matrix product that
+    it is: its backward is several times faster. A module's own forward, so that accelerate and peft find it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        patches, rows, columns = to_patches(input, self.kernel_size[0])
+        return (
+            F.linear(patches, self.weight.flatten(1), self.bias).transpose(1, 2).unflatten(2, (rows, columns))
+        )
+
+
 class PatchEmbed(nn.Module):
     """Convolution into patches plus a learned position a patch: `[N, 3, S, S] -> [N, P, D]`.
 
@@ -72,7 +83,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patches_per_side = config.patches_per_side
         self.image_mean, self.image_std = config.image_mean, config.image_std
-        self.patch_embedding = nn.Conv2d(
+        self.patch_embedding = PatchConv2d(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
         self.position_embedding = nn.Parameter(
@@ -93,7 +104,5 @@ class PatchEmbed(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         if pixel_values.dtype == torch.uint8:
             pixel_values = normalize_pixels(pixel_values, self.image_mean, self.image_std)
-        conv = self.patch_embedding
-        patches, rows, columns = to_patches(pixel_values.to(conv.weight.dtype), conv.kernel_size[0])
-        # Patches do not overlap, so the convolution is a matrix product; as such its backward is several times faster.
-        return F.linear(patches, conv.weight.flatten(1), conv.bias) + self.positions(rows, columns)
+        x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # [N, D, rows, columns]
+        return x.flatten(2).transpose(1, 2) + self.positions(x.shape[2], x.shape[3])
