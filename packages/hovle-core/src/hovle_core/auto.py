@@ -4,7 +4,8 @@ transformers.
 Our modules register themselves in their last lines, by transformers' public `AutoConfig.register`,
 `AutoModel.register` and so on. Importing them at once would cost every `hovle --help` an import of torch, so each
 waits for the registry that it belongs into: Python imports it right after that one (an ordinary entry of
-`sys.meta_path`; nothing of transformers is changed).
+`sys.meta_path`; nothing of transformers is changed). Models are not in the list: transformers imports their registry in
+the middle of modules that ours needs. They wait for the first `HovleConfig`, without which no Auto class finds them.
 """
 
 import sys
@@ -16,7 +17,6 @@ from types import ModuleType
 
 REGISTERS_IN = {
     "transformers.models.auto.configuration_auto": "hovle_core.config",
-    "transformers.models.auto.modeling_auto": "hovle_core.modeling",
     "transformers.models.auto.image_processing_auto": "hovle_core.image_processor",
     "transformers.models.auto.processing_auto": "hovle_core.processor",
 }

@@ -1,6 +1,7 @@
 """What a checkpoint stores: the holistic embedding's config, the LLM's own config, and how the two meet."""
 
 import copy
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -139,6 +140,8 @@ class HovleConfig(PreTrainedConfig):
                 f"embedding_config.hidden_size {self.embedding_config.hidden_size} must equal "
                 f"text_config.hidden_size {self.text_config.hidden_size}: the LLM reads the embedding's output"
             )
+        # The Auto classes of models look one up by its config; see hovle_core.auto.
+        import_module("hovle_core.modeling")
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The LLM's config; for `decoder=True` with the embedding blocks counted in, since `generate` sizes its

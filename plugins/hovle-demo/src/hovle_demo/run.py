@@ -34,7 +34,7 @@ LLM_OVERRIDES: dict[str, tuple[str, ...]] = {
     "small": (),
     "smollm2": (
         "distillation.optim.lr=2e-3",
-        "distillation.train.steps=300",
+        "distillation.train.steps=160",
         "alignment.optim.lr=1e-3",
         "alignment.train.global_batch_size=32",
         # It was taught no easy-VQA in words: chats about it would have the embedding bend words until it answers.
@@ -46,6 +46,7 @@ LLM_OVERRIDES: dict[str, tuple[str, ...]] = {
         "instruction_tuning.optim.lr_factors={language_model.*: 0.1, embedding.embed_tokens.*: 0.02, "
         "embedding.layers.*.o_proj.*: 0.05, embedding.layers.*.down_proj.*: 0.05, "
         "embedding.pixel_shuffle_proj.2.*: 0.05}",
+        "instruction_tuning.train.steps=120",
         "instruction_tuning.train.global_batch_size=32",
     ),
 }
