@@ -18,7 +18,7 @@ class SitePackages:
     def __init__(self, path: Path, allow: Callable[[str], None]) -> None:
         self.path = path
         self.modules: list[str] = []
-        self._allow = allow
+        self.allow = allow
 
     def install(
         self, plugin: str, source: str, *, dist: str = "", version: str = "1.0", header: str = HEADER
@@ -36,7 +36,7 @@ class SitePackages:
         with (info / "entry_points.txt").open("a") as file:
             file.write(f"[hovle]\n{plugin} = {module}\n" if file.tell() == 0 else f"{plugin} = {module}\n")
         self.modules.append(module)
-        self._allow(plugin)
+        self.allow(plugin)
 
 
 @pytest.fixture

@@ -212,6 +212,7 @@ def test_a_broken_plugin_is_shown_and_does_not_take_the_command_down(probe, caps
     ("source", "message"),
     [
         ("raise RuntimeError('half way')", "hovle_commands failed: RuntimeError: half way"),
+        ("raise SystemExit('gone')", "hovle_commands failed: SystemExit: gone"),
         ("cli.add_parser('probe')", "conflicting subparser: probe .*'probe' of dist-probe 1.0"),
     ],
 )

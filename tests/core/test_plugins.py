@@ -70,6 +70,36 @@ def test_one_plugin_name_in_two_distributions(site_packages) -> None:
         load_plugins()
 
 
+def test_one_module_as_two_plugins(site_packages) -> None:
+    """Two entry points of one module would call its observers twice."""
+    site_packages.install("first", "")
+    info = site_packages.path / "dist_first-1.0.dist-info" / "entry_points.txt"
+    info.write_text(info.read_text() + "second = fake_dist_first_first\n")
+    site_packages.allow("second")
+    with pytest.raises(PluginError, match="'second' .* same module as plugin 'first'; remove one"):
+        load_plugins()
+    assert list(load_plugins(strict=False).versions) == ["core", "first"]
+
+
+def test_versions_are_compared_with_those_of_a_checkpoint(site_packages) -> None:
+    site_packages.install("same", "")
+    site_packages.install("newer", "", version="2.0")
+    site_packages.install("bad", "raise RuntimeError('boom')")
+    plugins = load_plugins(strict=False)
+    saved = {
+        **plugins.versions,
+        "newer": "dist-newer 1.0",
+        "bad": "dist-bad 1.0",
+        "gone": "dist-gone 0.1",
+    }
+    assert plugins.changed_since(saved) == [
+        "plugin 'bad' was dist-bad 1.0 when the checkpoint was written and is broken now",
+        "plugin 'gone' was dist-gone 0.1 when the checkpoint was written and is not loaded now",
+        "plugin 'newer' was dist-newer 1.0 when the checkpoint was written and is dist-newer 2.0 now",
+    ]
+    assert plugins.changed_since({"same": "dist-same 1.0"}) == []
+
+
 def test_nobody_else_can_be_core(site_packages, monkeypatch) -> None:
     site_packages.install("core", "", dist="impostor", version="6.6")
     with pytest.raises(
@@ -143,6 +173,16 @@ def test_core_keeps_its_names(site_packages) -> None:
         ),
         ("raise SystemExit(3)", "cannot import 'fake_dist_bad_bad': SystemExit: 3"),
         ("def f(:", "cannot import.*SyntaxError"),
+        ("@hookimpl\ndef hovle_teachers(): raise SystemExit(3)", "hovle_teachers failed: SystemExit: 3"),
+        ("@hookimpl\nasync def hovle_on_log(run): pass", "hovle_on_log is async and would never be awaited"),
+        (
+            "@hookimpl(wrapper=True)\ndef hovle_on_log(run): pass",
+            "PluginValidationError.*fake_dist_bad_bad|Plugin 'bad' for hook 'hovle_on_log'",
+        ),
+        (
+            "class Lazy:\n    def __getattr__(self, name): raise RuntimeError('not now')\nlazy = Lazy()",
+            "RuntimeError: not now",
+        ),
         ("HOVLE_HOOK_API = 2", "written for hook API 2, this hovle-core has 1; upgrade hovle-core"),
         ("HOVLE_HOOK_API = 0", "written for hook API 0, this hovle-core has 1; upgrade the plugin"),
         ("del HOVLE_HOOK_API", "does not say for which hook API it was written; add HOVLE_HOOK_API = 1"),

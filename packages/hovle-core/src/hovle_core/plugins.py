@@ -64,6 +64,20 @@ class HovlePlugins:
         """Loaded plugin -> ``"distribution version"``; written into checkpoints."""
         return {info.name: str(info.provider) for info in self.plugins if info.status == "loaded"}
 
+    def changed_since(self, saved: Mapping[str, str]) -> list[str]:
+        """How the plugins differ from ``versions`` as a checkpoint keeps them, a sentence each; empty if they do not.
+
+        Plugins that came since change nothing that was trained, and are not named.
+        """
+        broken = {info.name for info in self.broken}
+        return [
+            f"plugin {name!r} was {version} when the checkpoint was written and is "
+            + (self.versions.get(name) or ("broken" if name in broken else "not loaded"))
+            + " now"
+            for name, version in sorted(saved.items())
+            if self.versions.get(name) != version
+        ]
+
     @property
     def broken(self) -> tuple[PluginInfo, ...]:
         return tuple(info for info in self.plugins if info.status == "broken")
@@ -114,6 +128,10 @@ def load_plugins(*, strict: bool = True) -> HovlePlugins:
     registry = Registry()
     infos: list[PluginInfo] = []
     modules: dict[str, Any] = {}
+    trial = pluggy.PluginManager(
+        GROUP
+    )  # what pluggy refuses is to break one plugin and not the loading of all
+    trial.add_hookspecs(hookspecs)
     provided: dict[str, tuple[tuple[str, Spec], ...]] = {}
     for point in found:
         provider = _provider(point)
@@ -126,10 +144,14 @@ def load_plugins(*, strict: bool = True) -> HovlePlugins:
             plugin = _import(point)
             _check_hook_api(plugin)
             _check_hooks(plugin)
+            _register(trial, plugin, point.name)
             specs = _specs(plugin)
             registry.add_all(specs, provider)
-        except ValueError as error:  # PluginError, or the registry's: a name that is taken
-            message = f"plugin {point.name!r} of {provider}: {error}"
+        except (
+            Exception
+        ) as error:  # ours say what to do; a plugin's own objects may raise anything when looked at
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            message = f"plugin {point.name!r} of {provider}: {what}"
             if _is_core(point):
                 raise PluginError(message) from error
             info = replace(info, status="broken", error=message)
@@ -198,6 +220,13 @@ def _check_hook_api(plugin: Any) -> None:
         raise PluginError(f"it was written for hook API {theirs!r}, this hovle-core has {ours}; {upgrade}")
 
 
+def _register(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
+    other = manager.get_name(plugin)
+    if other is not None:
+        raise PluginError(f"it is the same module as plugin {other!r}; remove one of the two entry points")
+    manager.register(plugin, name)
+
+
 def _hookimpls(plugin: Any) -> Iterator[tuple[str, str, Any, bool]]:
     """``(attribute, hook, function, is marked @hookimpl)`` of all that is a hook or is named like one."""
     for attribute in dir(plugin):
@@ -219,6 +248,8 @@ def _check_hooks(plugin: Any) -> None:
             )
         if not is_marked:
             raise PluginError(f"{attribute} is not marked with @hookimpl and would never be called; mark it")
+        if inspect.iscoroutinefunction(function):
+            raise PluginError(f"{attribute} is async and would never be awaited; make it a plain function")
         for name, parameter in inspect.signature(function).parameters.items():
             problem = None
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -252,7 +283,7 @@ def _specs(plugin: Any) -> list[tuple[str, Spec]]:
             continue
         try:
             specs = function()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(f"{attribute} failed: {type(error).__name__}: {error}") from error
         if not isinstance(specs, list):
             raise PluginError(f"{attribute} must return a list of Spec, it returned {type(specs).__name__}")

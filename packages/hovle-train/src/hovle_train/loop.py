@@ -127,7 +127,8 @@ class Trainer:
             check_parent(recorded, self.parent_weights, self.recipe, f"checkpoint {found[-1]}")
             checkpoint.load(found[-1], self.weights.masters, self.optimizers)
             self.weights.publish()
-            self._warn_of_other_plugins(state["plugins"])
+            for change in self.plugins.changed_since(state["plugins"]):
+                logger.warning("%s: results may differ from those of an uninterrupted run", change)
             self.seconds, self.tokens, self.data_state = (
                 state["seconds"],
                 state["tokens"],
@@ -138,14 +139,6 @@ class Trainer:
         if self.runtime.is_main:
             truncate_metrics(self.recipe.path / METRICS_FILE, first - 1)
         return first
-
-    def _warn_of_other_plugins(self, saved: dict[str, str]) -> None:
-        for name, version in sorted(saved.items()):
-            now = self.plugins.versions.get(name)
-            if now != version:
-                logger.warning(
-                    "plugin %s was %s in the checkpoint and is %s now", name, version, now or "missing"
-                )
 
     def loader(self, ledger: Ledger) -> Loader:
         train, data = self.recipe.train, self.recipe.data
