@@ -22,7 +22,7 @@ class TransformersBackbone(LLMBackbone):
     Args:
         path: hub id or folder.
         from_config: make random weights of that config (the folder then needs `config.json` and a tokenizer only).
-        seed: seeds those weights.
+        seed: seeds those weights, and the embeddings of tokens that the folder's weights lack.
         overrides: config fields to replace, with `from_config` only.
 
     Raises ValueError where the folder has no config, naming it.
@@ -59,7 +59,9 @@ class TransformersBackbone(LLMBackbone):
             model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32, use_safetensors=True)
         size = len(self.tokenizer())
         if model.get_input_embeddings().weight.shape[0] < size:
-            model.resize_token_embeddings(size)
+            with torch.random.fork_rng(devices=[]):  # the new rows are drawn around the mean of the old ones
+                torch.manual_seed(self.seed)
+                model.resize_token_embeddings(size)
         return model
 
 
