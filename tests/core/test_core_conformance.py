@@ -1,0 +1,174 @@
+"""Core's own plugin keeps what it asks of others; and each promise of the suite is broken once, and noticed."""
+
+import pytest
+import torch
+from torch import nn
+
+from hovle_core.testing import GridTeacher, tiny_llm, tiny_tokenizer
+from hovle_core.testing.conformance import BackboneTests, TeacherTests, TokenizerTests
+from hovle_core.testing.conformance.tokenizer import TokenizerChecks
+
+
+@pytest.fixture(scope="module")
+def llm_folder(tmp_path_factory):
+    """A tiny Llama with a head of its own, saved with fewer embeddings than its tokenizer has tokens."""
+    folder = tmp_path_factory.mktemp("llm")
+    tokenizer = tiny_tokenizer()
+    tiny_llm(len(tokenizer) - 3, tie_word_embeddings=False).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+class TestTransformersBackbone(BackboneTests):
+    name = "transformers"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def arguments(cls, llm_folder):
+        return {"path": llm_folder}
+
+
+class TestTransformersTokenizer(TokenizerTests):
+    name = "transformers"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def arguments(cls, llm_folder):
+        return {"path": llm_folder}
+
+
+# --- the suite notices ------------------------------------------------------------------------------------------
+
+
+class WrongSize(GridTeacher):
+    def grid_features(self, tiles):
+        return super().grid_features(tiles)[..., :-1]
+
+
+class ChannelsFirst(GridTeacher):
+    def grid_features(self, tiles):
+        return super().grid_features(tiles).permute(0, 3, 1, 2)
+
+
+class Noisy(GridTeacher):
+    def grid_features(self, tiles):
+        return super().grid_features(tiles) + torch.rand(1)
+
+
+class BatchWise(GridTeacher):
+    def grid_features(self, tiles):
+        features = super().grid_features(tiles)
+        return features - features.mean(0)
+
+
+class Turned(GridTeacher):
+    def grid_features(self, tiles):
+        return super().grid_features(tiles).transpose(1, 2)
+
+
+class Blind(GridTeacher):
+    def grid_features(self, tiles):
+        return torch.ones(len(tiles), 2, 2, self.feature_size)
+
+
+class NotANumber(GridTeacher):
+    def grid_features(self, tiles):
+        return super().grid_features(tiles) / 0
+
+
+class Trains(GridTeacher):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+class TrainMode(GridTeacher):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def train(self, mode=True):
+        return nn.Module.train(self, mode)
+
+
+class TakesAnything(GridTeacher):
+    def features(self, tiles):
+        return self.grid_features(tiles)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "test", "message"),
+    [
+        (WrongSize, "test_features_are_as_declared", "feature_size says 8, .* have 7 channels"),
+        (
+            ChannelsFirst,
+            "test_features_are_as_declared",
+            r"\[3, 8, 2, 2\] have 2 channels \(the channels come",
+        ),
+        (NotANumber, "test_features_are_as_declared", "NaN or infinity"),
+        (Noisy, "test_same_tiles_same_features", "other features the second time"),
+        (BatchWise, "test_a_tile_does_not_see_its_neighbours", "depend on the batch around it"),
+        (
+            Turned,
+            "test_rows_and_columns_are_where_they_are_in_the_picture",
+            "lower left changed the upper right",
+        ),
+        (Blind, "test_rows_and_columns_are_where_they_are_in_the_picture", "changed no feature"),
+        (Trains, "test_is_frozen", r"require gradients: \['scale'\]"),
+        (TrainMode, "test_stays_in_eval", "reached .*'norm'"),
+        (TakesAnything, "test_refuses_tiles_that_are_normalised_already", "float tiles were taken"),
+        (nn.Identity, "test_is_a_teacher", "returns a Identity: make it a subclass"),
+    ],
+)
+def test_a_teacher_that_breaks_a_promise_is_told(teacher, test, message) -> None:
+    tiles = torch.randint(0, 256, (3, 3, 56, 56), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    run = getattr(TeacherTests(), test)
+    for broken in (False, True):
+        subject = teacher() if broken else GridTeacher()
+        arguments = {
+            name: value
+            for name, value in {"subject": subject, "tiles": tiles}.items()
+            if name in run.__annotations__
+        }
+        if broken:
+            with pytest.raises(AssertionError, match=message):
+                run(**arguments)
+        else:
+            run(**arguments)
+
+
+def lacks_picture_tokens(tokenizer):
+    backend = tokenizer.backend_tokenizer
+    text = backend.to_str().replace("<IMG_CONTEXT>", "<OTHER>")
+    return type(tokenizer)(tokenizer_object=type(backend).from_str(text), eos_token="<|im_end|>")
+
+
+def lower_cases(tokenizer):
+    from tokenizers import normalizers
+
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
+def never_ends(tokenizer):
+    tokenizer.eos_token = None
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("spoil", "test", "message"),
+    [
+        (
+            lacks_picture_tokens,
+            "test_picture_tokens_are_single_ids",
+            "lacks .*<IMG_CONTEXT>.*add_image_tokens",
+        ),
+        (lower_cases, "test_text_comes_back", "'Größe.*' comes back as 'größe"),
+        (never_ends, "test_has_an_end_token", "eos_token is not set"),
+    ],
+)
+def test_a_tokenizer_that_breaks_a_promise_is_told(spoil, test, message) -> None:
+    run = getattr(TokenizerChecks(), test)
+    run(tiny_tokenizer())
+    with pytest.raises(AssertionError, match=message):
+        run(spoil(tiny_tokenizer()))
