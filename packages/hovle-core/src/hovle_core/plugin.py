@@ -1,4 +1,4 @@
-"""Core's own plugin, through the same door as anyone's: default backbone and tokenizer, two commands."""
+"""Core's own plugin, through the same door as anyone's: default backbone and tokenizer, and its commands."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ def hovle_commands(cli: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     listing.add_argument("--json", action="store_true", help="for machines")
     listing.set_defaults(run=_list, tolerates_broken_plugins=True)
 
+    _add_plugin(cli)
+
     convert = cli.add_parser("convert", help="a checkpoint between the released format and hovle's")
     convert.add_argument(
         "source", metavar="SRC", help="a folder, a finished run, or a hub id such as OpenGVLab/HoVLE"
@@ -57,6 +59,47 @@ def hovle_commands(cli: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     convert.add_argument("--force", action="store_true", help="replace a checkpoint that DST holds")
     convert.set_defaults(run=_convert, tolerates_broken_plugins=True)
+
+
+def _add_plugin(cli: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = cli.add_parser("plugin", help="write a plugin, or test one")
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+    new = actions.add_parser("new", help="write a package that installs, is listed and passes its tests")
+    new.add_argument("name", metavar="NAME", help="of the plugin, such as my-teacher")
+    new.add_argument("--kind", required=True, choices=[kind for kind in KINDS if kind != "recipe"])
+    new.add_argument("--out", default=".", metavar="FOLDER", help="where its folder is made (default: here)")
+    new.set_defaults(run=_new, tolerates_broken_plugins=True)
+
+    test = actions.add_parser("test", help="run the conformance suite over what an installed plugin provides")
+    test.add_argument("name", metavar="NAME", help="of the plugin, as `hovle plugins list` shows it")
+    test.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="test this of what it provides (repeatable)",
+    )
+    test.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="as in a recipe, such as size=112"
+    )
+    test.set_defaults(run=_test, tolerates_broken_plugins=True)
+
+
+def _new(args: argparse.Namespace) -> int:
+    from hovle_core.kit.new import write_package
+
+    written = write_package(args.name, args.kind, Path(args.out))
+    folder = written[-1].parent
+    print(f"wrote {folder}; start in {written[0]}")
+    print(f"  pip install -e '{folder}[test]' && hovle plugin test {folder.name.removeprefix('hovle-')}")
+    return 0
+
+
+def _test(args: argparse.Namespace) -> int:
+    from hovle_core.kit.check import parse_options, provided_specs, run
+
+    specs = provided_specs(args.plugins, args.name, args.only)
+    return run(specs, parse_options(args.option))
 
 
 def _list(args: argparse.Namespace) -> int:

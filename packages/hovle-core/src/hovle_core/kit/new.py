@@ -1,0 +1,67 @@
+"""`hovle plugin new`: a package that installs, is listed and passes its tests as written."""
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+
+#: Kind -> what a package of that kind needs beside hovle-core.
+DEPENDENCIES: dict[str, tuple[str, ...]] = {
+    "teacher": ("torch",),
+    "backbone": ("torch", "transformers"),
+    "tokenizer": ("transformers",),
+    "dataset": ("hovle-data",),
+    "stage": ("hovle-data", "hovle-train", "torch"),
+}
+KINDS = tuple(DEPENDENCIES)
+
+
+def write_package(name: str, kind: str, parent: Path) -> list[Path]:
+    """Write the package of plugin `name` into `parent/hovle-<name>`; returns its files, the first to edit first.
+
+    Raises ValueError for a name that is none, and for a folder that is there already.
+    """
+    name = name.removeprefix("hovle-")
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"NAME {name!r} must be lower-case words of letters and digits joined by '-', such as my-{kind}"
+        )
+    folder = parent / f"hovle-{name}"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already: choose another name, or another folder with --out")
+    fields = fields_of(name, kind)
+    source = folder / "src" / fields["module"]
+    written = {
+        source / f"{kind}.py": f"{kind}.py",
+        source / "plugin.py": "plugin.py",
+        folder / "tests" / f"test_{fields['module']}.py": f"{kind}_test.py",
+        folder / "pyproject.toml": "pyproject.toml",
+        folder / "README.md": "README.md",
+    }
+    for path, template in written.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(render(template, fields))
+    (source / "__init__.py").write_text(f'"""{fields["summary"]}"""\n')
+    return list(written)
+
+
+def fields_of(name: str, kind: str) -> dict[str, str]:
+    """What the templates' `$fields` stand for."""
+    words = name.split("-")
+    dependencies = ", ".join(f'"{package}"' for package in ("hovle-core", *DEPENDENCIES[kind]))
+    return {
+        "name": name,
+        "kind": kind,
+        "module": "hovle_" + name.replace("-", "_"),
+        "class_name": "".join(map(str.capitalize, words)),
+        "summary": f"The {kind} {name} for HoVLE.",
+        "dependencies": dependencies,
+        "options": "",
+    }
+
+
+def render(template: str, fields: dict[str, str]) -> str:
+    text = files("hovle_core.kit").joinpath("templates", f"{template}.txt").read_text()
+    return Template(text).substitute(fields)
