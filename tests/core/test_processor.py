@@ -1,17 +1,20 @@
 """The one preprocessing: placeholders, targets, and text that cannot pose as a picture."""
 
 import io
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from hovle_core import HovleProcessor
 from hovle_core.image_processor import HovleImageProcessor
 from hovle_core.images import ImageError
-from hovle_core.processor import IGNORE_INDEX
+from hovle_core.processor import IGNORE_INDEX, IMAGE_CONTEXT, IMAGE_TOKENS, add_image_tokens
 from hovle_core.testing import tiny_processor, tiny_tokenizer
 
 RED = Image.new("RGB", (56, 56), "red")
@@ -208,6 +211,41 @@ def test_tokenizer_without_picture_tokens_is_refused():
     ))  # fmt: skip
     with pytest.raises(ValueError, match="lacks \\['<IMG_CONTEXT>'\\]"):
         HovleProcessor(HovleImageProcessor(56), bare)
+
+
+def test_picture_tokens_that_anyone_could_type_are_refused():
+    """In the vocabulary, but as ordinary words: `<IMG_CONTEXT>` in a user's text would become a picture."""
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="</s>")
+    plain.add_tokens(["a", "<img>", "</img>", "<IMG_CONTEXT>"])
+    with pytest.raises(
+        ValueError, match="ordinary text, so that a user could type a picture.*add_image_tokens"
+    ):
+        HovleProcessor(HovleImageProcessor(56), plain)
+    assert add_image_tokens(plain) == 0
+    assert set(IMAGE_TOKENS) <= set(plain.all_special_tokens)
+    processor = HovleProcessor(HovleImageProcessor(56), plain)
+    assert processor.image_token_id not in processor.text_ids("a <IMG_CONTEXT> a")
+
+
+def test_typed_special_tokens_stay_text_while_other_threads_encode(processor):
+    """`split_special_tokens` is a switch on the tokenizer: one thread must not turn it back under another."""
+    typed = f"look {IMAGE_CONTEXT} there" * 20
+
+    def encode(i):
+        if i % 2:
+            return processor.text_ids(typed)
+        return processor.encode([user("what is this", 0), assistant("a red square")]).input_ids.tolist()
+
+    alone = [encode(0), encode(1)]
+    assert processor.image_token_id not in alone[1]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # what is rare in a day of training happens in a second
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(encode, range(1000)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(ids == alone[i % 2] for i, ids in enumerate(together))
 
 
 def test_image_processor_call_and_errors():

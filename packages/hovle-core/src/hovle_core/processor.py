@@ -52,7 +52,7 @@ class HovleProcessor(ProcessorMixin):
         tokens_per_tile: image tokens a tile takes (`config.embedding_config.tokens_per_tile`).
         chat_template: overrides the tokenizer's.
 
-    Raises ValueError if the tokenizer lacks a picture token.
+    Raises ValueError if the tokenizer lacks a picture token, or has one that is not a special token.
     """
 
     def __init__(
@@ -69,6 +69,12 @@ class HovleProcessor(ProcessorMixin):
         if missing:
             raise ValueError(
                 f"tokenizer lacks {missing}; add them with hovle_core.processor.add_image_tokens first"
+            )
+        ordinary = [token for token in IMAGE_TOKENS if token not in tokenizer.all_special_tokens]
+        if ordinary:
+            raise ValueError(
+                f"tokenizer takes {ordinary} for ordinary text, so that a user could type a picture; make them special "
+                "with hovle_core.processor.add_image_tokens"
             )
         self.tokens_per_tile = tokens_per_tile
         self.image_token = IMAGE_CONTEXT
@@ -299,10 +305,13 @@ def _flat(images: Any) -> list[Image.Image]:
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Add the picture tokens a tokenizer lacks; returns how many. Resize the LLM's embeddings afterwards."""
-    return tokenizer.add_special_tokens(
+    """Add the picture tokens a tokenizer lacks, and make special those it has as ordinary ones; returns how many are
+    new. Resize the LLM's embeddings afterwards."""
+    before = len(tokenizer)
+    tokenizer.add_special_tokens(
         {"additional_special_tokens": list(IMAGE_TOKENS)}, replace_extra_special_tokens=False
     )
+    return len(tokenizer) - before
 
 
 AutoProcessor.register(HovleConfig, HovleProcessor, exist_ok=True)

@@ -4,11 +4,13 @@ What stands for a picture, and text that spells a special token, go through it b
 token ids.
 """
 
+import copy
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
@@ -17,13 +19,28 @@ from transformers.image_utils import load_image
 from hovle_core.images import open_image
 
 Message = Mapping[str, Any]
+# Tokenizer -> its length and its copy for literal text.
+_TWINS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, PreTrainedTokenizerBase]] = WeakKeyDictionary()
 # What stands in a rendered prompt for a picture or a spelled-out special token.
 _MARK = re.compile(r"\[\[(?:picture|literal) (?P<nonce>[0-9a-f]{16})(?: (?P<number>\d+))?\]\]")
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Plain text -> token ids; spelled-out special tokens stay text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    """Plain text -> token ids; spelled-out special tokens stay text, whatever other threads do with the tokenizer."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if set(tokenizer.all_special_ids).isdisjoint(ids):
+        return ids
+    return _literal_twin(tokenizer)(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def _literal_twin(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that only ever splits special tokens: `split_special_tokens` is a switch on the tokenizer that another
+    thread may turn back between our turning it and its use."""
+    size, twin = _TWINS.get(tokenizer, (-1, tokenizer))
+    if size != len(tokenizer):  # none yet, or tokens were added since
+        twin = copy.deepcopy(tokenizer)
+        _TWINS[tokenizer] = (len(tokenizer), twin)
+    return twin
 
 
 @lru_cache(maxsize=16)
