@@ -1,6 +1,7 @@
 """What a recipe's `model` builds: a tokenizer's provider by name, and a processor that fits the embedding."""
 
 import pytest
+from transformers import AutoTokenizer
 
 from hovle_core import HovleProcessor
 from hovle_core.registry import Provider, Spec
@@ -20,19 +21,22 @@ def other(tmp_path):
     return tmp_path / "other", tokenizer
 
 
-def with_tokenizer(make_recipe, stage="alignment", **tokenizer):
+def with_tokenizer(make_recipe, stage="alignment", resize_embeddings=False, **tokenizer):
     recipe = make_recipe(stage, train={"steps": 1, "micro_batch_tokens": 256})
     return make_recipe(
         stage,
         train={"steps": 1, "micro_batch_tokens": 256},
-        model={**recipe.model.model_dump(), "tokenizer": tokenizer},
+        model={**recipe.model.model_dump(), "tokenizer": tokenizer, "resize_embeddings": resize_embeddings},
     )
 
 
 @pytest.mark.parametrize("stage", ["language_modeling", "alignment"])
 def test_a_run_encodes_with_the_tokenizer_of_its_recipe(stage, make_recipe, plugins, other):
     folder, tokenizer = other
-    recipe = with_tokenizer(make_recipe, stage, name="transformers", options={"path": str(folder)})
+    named = {"name": "transformers", "options": {"path": str(folder)}}
+    with pytest.raises(ValueError, match="ids that are other tokens .* set model.resize_embeddings: true"):
+        build_tokenizer(with_tokenizer(make_recipe, stage, **named).model, plugins.registry)
+    recipe = with_tokenizer(make_recipe, stage, resize_embeddings=True, **named)
     trainer = Trainer(recipe, plugins, Runtime())
     own = build_tokenizer(make_recipe(stage).model, plugins.registry)
     assert own(TEXT)["input_ids"] != tokenizer(TEXT)["input_ids"]
@@ -42,7 +46,8 @@ def test_a_run_encodes_with_the_tokenizer_of_its_recipe(stage, make_recipe, plug
         saved = HovleProcessor.from_pretrained(recipe.path / "final").tokenizer
         assert saved(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
         # A finished run is a tokenizer's folder as well.
-        again = with_tokenizer(make_recipe, name="transformers", options={"path": str(recipe.path)})
+        named = {"name": "transformers", "options": {"path": str(recipe.path)}}
+        again = with_tokenizer(make_recipe, resize_embeddings=True, **named)
         assert build_tokenizer(again.model, plugins.registry)(TEXT) == tokenizer(TEXT)
 
 
@@ -69,12 +74,19 @@ def test_picture_tokens_are_added(make_recipe, plugins, other):
     folder, _ = other
     plain = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer)
     plain.save_pretrained(folder)
-    recipe = with_tokenizer(make_recipe, name="transformers", options={"path": str(folder)})
+    options = {"path": str(folder)}
+    recipe = with_tokenizer(make_recipe, resize_embeddings=True, name="transformers", options=options)
     assert "<IMG_CONTEXT>" in build_tokenizer(recipe.model, plugins.registry).all_special_tokens
 
 
-def test_what_does_not_fit_is_named(make_recipe, plugins, other, tmp_path):
-    folder, tokenizer = other
+def test_resized_embeddings_need_a_tokenizer(make_recipe):
+    model = make_recipe("alignment").model.model_dump()
+    with pytest.raises(ValueError, match="resize_embeddings .* name it in model.tokenizer"):
+        make_recipe("alignment", model={**model, "resize_embeddings": True})
+
+
+def test_what_does_not_fit_is_named(make_recipe, plugins, world, tmp_path):
+    folder, tokenizer = tmp_path / "more", AutoTokenizer.from_pretrained(world / "llm")
     tokenizer.add_tokens([f"<extra {i}>" for i in range(40)])
     tokenizer.save_pretrained(folder)
     (tmp_path / "empty").mkdir()

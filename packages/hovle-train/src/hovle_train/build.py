@@ -11,6 +11,7 @@ from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import IMAGE_CONTEXT, HovleProcessor
 from hovle_core.registry import Registry
 from hovle_core.roles import LLMBackbone, TokenizerProvider
+from hovle_core.vocabulary import conflicts, fit_embeddings
 from hovle_train.config import ModelConfig
 from hovle_train.runs import resolve_checkpoint
 
@@ -44,7 +45,8 @@ def embedding_config(config: ModelConfig, llm: PreTrainedConfig, vocab_size: int
 def build_tokenizer(config: ModelConfig, registry: Registry) -> PreTrainedTokenizerBase:
     """The backbone's tokenizer, or the one that `model.tokenizer` names.
 
-    Raises ValueError if the plugin returns something else, or a tokenizer with more tokens than the LLM has embeddings.
+    Raises ValueError if the plugin returns something else, and unless `model.resize_embeddings` is set, for a
+    tokenizer whose ids mean other tokens to the LLM, or that has more tokens than the LLM has embeddings.
     """
     backbone = build_backbone(config, registry)
     if config.tokenizer is None:
@@ -54,15 +56,32 @@ def build_tokenizer(config: ModelConfig, registry: Registry) -> PreTrainedTokeni
     if not isinstance(provider, TokenizerProvider):
         raise ValueError(f"tokenizer {name!r} is a {type(provider).__name__}, not a TokenizerProvider")
     tokenizer = provider.tokenizer()
+    if config.resize_embeddings:
+        return tokenizer
+    if other := conflicts(tokenizer, backbone.tokenizer()):
+        raise ValueError(
+            f"model.tokenizer {name!r} gives {len(other)} tokens ids that are other tokens to the LLM of "
+            f"model.backbone ({', '.join(map(repr, other[:3]))}): leave model.tokenizer out, or set "
+            "model.resize_embeddings: true to lay the LLM's embeddings out anew, which it must then be trained on"
+        )
     # A backbone's embeddings have room for its own tokenizer, whose picture tokens its config may not count.
     room = max(backbone.config().vocab_size, len(backbone.tokenizer()))
     if len(tokenizer) > room:
         raise ValueError(
             f"model.tokenizer {name!r} has {len(tokenizer)} tokens with the picture tokens, and the LLM of "
-            f"model.backbone has {room} embeddings: choose a "
-            "tokenizer that this LLM was made with, or a backbone with a larger vocabulary"
+            f"model.backbone has {room} embeddings: choose a tokenizer that this LLM was made with, a backbone with a "
+            "larger vocabulary, or model.resize_embeddings: true"
         )
     return tokenizer
+
+
+def build_llm(config: ModelConfig, registry: Registry, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The backbone's LLM in float32, laid out for `tokenizer` where `model.resize_embeddings` says so."""
+    backbone = build_backbone(config, registry)
+    llm = backbone.model()
+    if config.resize_embeddings:
+        fit_embeddings(llm, backbone.tokenizer(), tokenizer)
+    return llm
 
 
 def _resolved(options: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +112,7 @@ def build_hovle(
         processor = HovleProcessor.from_pretrained(path)
     else:
         tokenizer = build_tokenizer(config, registry)
-        llm = build_backbone(config, registry).model()
+        llm = build_llm(config, registry, tokenizer)
         embedding = embedding_config(config, llm.config, llm.get_input_embeddings().weight.shape[0])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -58,6 +58,8 @@ class ModelConfig(Section):
     init_from: str | None = None
     backbone: Named | None = None
     tokenizer: Named | None = None
+    # Lay the LLM's embeddings out anew for `tokenizer`: tokens that both know keep their rows.
+    resize_embeddings: bool = False
     # Fields of HolisticEmbeddingConfig; width, heads and vocabulary come from the LLM where they are not given.
     embedding: dict[str, Any] = {}
     image: ImageConfig = ImageConfig()
@@ -79,8 +81,16 @@ class ModelConfig(Section):
         return embedding
 
     @model_validator(mode="after")
+    def _resized_for_a_tokenizer(self) -> "ModelConfig":
+        if self.resize_embeddings and self.tokenizer is None:
+            raise ValueError(
+                "resize_embeddings fits the LLM to a tokenizer of another: name it in model.tokenizer"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _init_from_is_whole(self) -> "ModelConfig":
-        given = self.model_fields_set & {"backbone", "tokenizer", "embedding", "image"}
+        given = self.model_fields_set & {"backbone", "tokenizer", "resize_embeddings", "embedding", "image"}
         if self.init_from is None or not given:
             return self
         default = ModelConfig()

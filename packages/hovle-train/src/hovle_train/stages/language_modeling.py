@@ -16,7 +16,7 @@ from hovle_data.packing import PackedBatch
 from hovle_data.quarantine import Ledger
 from hovle_data.schema import Sample
 from hovle_data.streams import ConversationStream, Stream, TextStream
-from hovle_train.build import build_backbone, build_processor, build_tokenizer, prepare_for_training
+from hovle_train.build import build_llm, build_processor, build_tokenizer, prepare_for_training
 from hovle_train.stages.base import Stage
 
 
@@ -37,10 +37,10 @@ class LanguageModeling(Stage):
             raise ValueError(
                 "model.init_from and model.embedding are a HoVLE's; this stage takes a model.backbone"
             )
-        model = build_backbone(self.recipe.model, self.registry).model()
+        tokenizer = build_tokenizer(self.recipe.model, self.registry)
+        model = build_llm(self.recipe.model, self.registry, tokenizer)
         prepare_for_training(model, self.recipe.model)
         # Pictures never come here, but one processor encodes text for every stage; any tile size will do.
-        tokenizer = build_tokenizer(self.recipe.model, self.registry)
         return model, build_processor(self.recipe.model, tokenizer, HolisticEmbeddingConfig())
 
     def trainable(self, module: nn.Module) -> Sequence[str]:
