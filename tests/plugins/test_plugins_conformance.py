@@ -19,11 +19,37 @@ class TestEfficientNetLite0(TeacherTests):
     name = "efficientnet-lite0"
 
 
-class TestInternViT(TeacherTests):
-    """The 300M model in small; the sizes are all that differs."""
+class OfAHubTests(TeacherTests):
+    """A model of the hub in small: two blocks with random weights are all that differs from the real one."""
 
-    name = "intern-vit-300m"
     options = {"weights": None, "model_kwargs": {**TINY_VIT, "img_size": 112, "dynamic_img_size": True}}
+
+
+class TestInternViT(OfAHubTests):
+    name = "intern-vit-300m"
+
+
+class TestSigLip(OfAHubTests):
+    name = "siglip"
+
+
+class TestDinoV3(OfAHubTests):
+    name = "dinov3"
+
+
+class TestEva02(OfAHubTests):
+    name = "eva02"
+
+
+class TestClip(OfAHubTests):
+    name = "clip"
+
+
+class TestSeveralLayersOfACnn(TeacherTests):
+    name = "timm"
+    options = {
+        "model_name": "resnet18", "weights": None, "feature_layer": [1, 3], "grid": 5, "resample": "bilinear",
+    }  # fmt: skip
 
 
 class TestResNet(TeacherTests):

@@ -167,6 +167,54 @@ def test_feature_layer_selects_and_is_checked() -> None:
         tiny_vit(feature_layer=2)
 
 
+def test_several_layers_are_joined_on_the_last_ones_grid() -> None:
+    torch.manual_seed(0)
+    both = TimmTeacher("resnet18", feature_layer=[2, -1])
+    assert both.feature_size == 128 + 512
+    features = both.features(random_tiles(2, 64))
+    assert features.shape == (2, 2, 2, 640)
+    # Each layer by itself, normalised over its channels and averaged down, is a part of it.
+    for layer, part in ((2, features[..., :128]), (4, features[..., 128:])):
+        alone = TimmTeacher("resnet18", feature_layer=layer)
+        alone.model.load_state_dict(both.model.state_dict())
+        own = alone.features(random_tiles(2, 64))
+        own = torch.nn.functional.layer_norm(own, own.shape[-1:])
+        cells = own.unflatten(1, (2, -1)).unflatten(3, (2, -1)).mean((2, 4))  # [N, 2, h / 2, 2, w / 2, C]
+        torch.testing.assert_close(part, cells, atol=1e-5, rtol=1e-4)
+    for wrong in ([], [2, 2], [3, 1], [-1, 4]):
+        with pytest.raises(ValueError, match="each layer once, in ascending order"):
+            TimmTeacher("resnet18", feature_layer=wrong)
+
+
+@pytest.mark.parametrize(
+    ("resample", "expected"),
+    [("average", [[1, 3], [5, 7]]), ("nearest", [[1, 3], [5, 7]]), ("bilinear", None), ("bicubic", None)],
+)
+def test_grids_are_resampled_as_declared(resample: str, expected) -> None:
+    """A `[4, 4]` grid of 2 x 2 equal cells, brought to `[2, 2]`."""
+    teacher = tiny_vit(grid=2, resample=resample)
+    cells = torch.tensor([[1.0, 3.0], [5.0, 7.0]])
+    features = cells.repeat_interleave(2, 0).repeat_interleave(2, 1).expand(1, 64, 4, 4)
+    small = teacher._joined([features])[0, 0]
+    if expected is not None:
+        assert small.tolist() == expected
+    else:  # antialiased: the neighbours have a share, and the middle stays in the middle
+        assert small[0, 0] < small[0, 1] < small[1, 0] < small[1, 1]
+        assert float(small.mean()) == pytest.approx(4)
+        assert small.tolist() != [[1, 3], [5, 7]]
+    assert teacher.features(random_tiles(1, 64)).shape == (1, 2, 2, 64)
+    assert tiny_vit(grid=9, resample=resample).features(random_tiles(1, 64)).shape == (1, 9, 9, 64)
+
+
+def test_wrong_grids_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="resample: 'lanczos' is none of average, bilinear, bicubic, nearest"
+    ):
+        tiny_vit(grid=2, resample="lanczos")
+    with pytest.raises(ValueError, match="grid: must be a side in cells or null, got 0"):
+        tiny_vit(grid=0)
+
+
 @pytest.mark.parametrize(
     ("wrong", "right"), [("vit_tiny_patch16_242", "vit_tiny_patch16_224"), ("resnet_18", "resnet18")]
 )

@@ -21,7 +21,7 @@ def hovle_teachers() -> list[Spec]:
             name="timm",
             target=_TARGET,
             kwargs={"weights": "timm"},
-            summary="any timm model: model_name, weights (timm | path.safetensors | null), size, feature_layer",
+            summary="any timm model: model_name, weights (timm | path.safetensors | null), size, feature_layer, grid",
         ),
         Spec(
             name="efficientnet-lite0",

@@ -6,7 +6,7 @@ Shapes: N tiles, S tile side in pixels, h x w the teacher's grid, C its channels
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import timm
 import torch
@@ -17,6 +17,7 @@ from hovle_core.roles import TeacherEncoder
 from hovle_teacher_timm.weights import from_intern_vit_names, lite0_state, load_strictly, read_safetensors
 
 LITE0_WHEEL = "efficientnet-lite0-wheel"
+Resample = Literal["average", "bilinear", "bicubic", "nearest"]
 
 
 class TimmTeacher(TeacherEncoder):
@@ -27,7 +28,12 @@ class TimmTeacher(TeacherEncoder):
         weights: `"timm"` (pretrained, from the hub), a path to a `.safetensors` file,
             `"efficientnet-lite0-wheel"` (`tf_efficientnet_lite0` only), or None (random; for tests).
         size: side in pixels that tiles are resized to (bicubic, antialiased); None leaves them as they are.
-        feature_layer: index into the model's blocks or stages; -1 is the last, with the model's final norm.
+        feature_layer: index into the model's blocks or stages; -1 is the last, with the model's final norm. Of several
+            (a list) the channels are joined, each layer normalised over its channels so that none outweighs another.
+        grid: side of the grid that features are resampled to; None keeps the model's own (of several layers, the last
+            one's). Stages average or interpolate to the student's grid in any case: this says how, and on which.
+        resample: how, where grids differ: "average" of what falls into a cell, or "bilinear", "bicubic" and "nearest"
+            interpolation (antialiased where it shrinks).
         mean, std: RGB normalisation on the 0..1 scale; by default the model's own.
         model_kwargs: passed on to `timm.create_model`.
     """
@@ -37,7 +43,9 @@ class TimmTeacher(TeacherEncoder):
         model_name: str,
         weights: str | None = None,
         size: int | None = None,
-        feature_layer: int = -1,
+        feature_layer: int | Sequence[int] = -1,
+        grid: int | None = None,
+        resample: Resample = "average",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
@@ -45,18 +53,27 @@ class TimmTeacher(TeacherEncoder):
         super().__init__()
         if size is not None and size < 1:
             raise ValueError(f"size: must be a side in pixels or null, got {size}")
+        if grid is not None and grid < 1:
+            raise ValueError(f"grid: must be a side in cells or null, got {grid}")
+        if resample not in get_args(Resample):
+            raise ValueError(f"resample: {resample!r} is none of {', '.join(get_args(Resample))}")
         self.model = _create(model_name, weights, dict(model_kwargs or {}))
         layers = [int(info["num_chs"]) for info in self.model.feature_info]  # type: ignore[union-attr]
-        if not -len(layers) <= feature_layer < len(layers):
-            raise ValueError(
-                f"feature_layer: {model_name} has {len(layers)} layers, {feature_layer} is not one of them; "
-                f"give {-len(layers)}..{len(layers) - 1}"
-            )
-        self.feature_layer = feature_layer % len(layers)
-        self.feature_size = layers[self.feature_layer]
+        given = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
+        for layer in given:
+            if not -len(layers) <= layer < len(layers):
+                raise ValueError(
+                    f"feature_layer: {model_name} has {len(layers)} layers, {layer} is not one of them; "
+                    f"give {-len(layers)}..{len(layers) - 1}"
+                )
+        self.feature_layers = [layer % len(layers) for layer in given]
+        if not given or self.feature_layers != sorted(set(self.feature_layers)):
+            raise ValueError(f"feature_layer: {given} must name each layer once, in ascending order")
+        self.feature_size = sum(layers[layer] for layer in self.feature_layers)
+        self.grid, self.resample = grid, resample
         self.size = size
         # The final norm belongs to the last layer only; earlier layers were never meant to pass through it.
-        self._with_norm = self.feature_layer == len(layers) - 1
+        self._with_norm = self.feature_layers == [len(layers) - 1]
         # CNNs take any size; a ViT's patches must fill its input.
         self._patch = int(getattr(getattr(self.model, "patch_embed", None), "patch_size", (1,))[0])
         own: Mapping[str, Any] = self.model.pretrained_cfg  # type: ignore[assignment]
@@ -83,15 +100,32 @@ class TimmTeacher(TeacherEncoder):
                 f"set the teacher's size to a multiple of {patch}, e.g. {max(side // patch, 1) * patch}"
             )
         x = ((x / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        (grid,) = self.model.forward_intermediates(  # type: ignore[operator]
+        maps = self.model.forward_intermediates(  # type: ignore[operator]
             x,
-            indices=[self.feature_layer],
+            indices=self.feature_layers,
             norm=self._with_norm,
             stop_early=True,
             output_fmt="NCHW",
             intermediates_only=True,
         )
-        return grid.float().permute(0, 2, 3, 1).contiguous()
+        return self._joined([features.float() for features in maps]).permute(0, 2, 3, 1).contiguous()
+
+    def _joined(self, maps: list[Tensor]) -> Tensor:
+        """`[N, C_i, h_i, w_i]` of each layer -> `[N, C, h, w]` on the grid that was asked for."""
+        if len(maps) > 1:
+            maps = [F.layer_norm(m.movedim(1, -1), m.shape[1:2]).movedim(-1, 1) for m in maps]
+        h, w = maps[-1].shape[2:] if self.grid is None else (self.grid, self.grid)
+        return torch.cat([_resampled(features, (h, w), self.resample) for features in maps], dim=1)
+
+
+def _resampled(features: Tensor, size: tuple[int, int], how: Resample) -> Tensor:
+    if tuple(features.shape[2:]) == size:
+        return features
+    if how == "average":
+        return F.adaptive_avg_pool2d(features, size)
+    if how == "nearest":
+        return F.interpolate(features, size, mode="nearest-exact")
+    return F.interpolate(features, size, mode=how, align_corners=False, antialias=True)
 
 
 def _create(model_name: str, weights: str | None, model_kwargs: dict[str, Any]) -> nn.Module:
