@@ -19,6 +19,7 @@ MEMBERS := \
 	packages/hovle-train \
 	packages/hovle-serve \
 	plugins/hovle-teacher-timm[lite0] \
+	plugins/hovle-tensorboard \
 	plugins/hovle-demo
 MANIFESTS := $(wildcard packages/*/pyproject.toml plugins/*/pyproject.toml) constraints.txt requirements-dev.txt
 

@@ -1,0 +1,1 @@
+"""A run's metrics as TensorBoard event files in its own folder."""
