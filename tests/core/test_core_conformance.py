@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers
 from torch import nn
 
 from hovle_core.testing import GridTeacher, tiny_llm, tiny_tokenizer
@@ -143,9 +144,13 @@ def lacks_picture_tokens(tokenizer):
     return type(tokenizer)(tokenizer_object=type(backend).from_str(text), eos_token="<|im_end|>")
 
 
-def lower_cases(tokenizer):
-    from tokenizers import normalizers
+def takes_picture_tokens_for_words(tokenizer):
+    plain = type(tokenizer)(tokenizer_object=Tokenizer(models.BPE()), eos_token="</s>")
+    plain.add_tokens(["<img>", "</img>", "<IMG_CONTEXT>"])
+    return plain
 
+
+def lower_cases(tokenizer):
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     return tokenizer
 
@@ -162,6 +167,11 @@ def never_ends(tokenizer):
             lacks_picture_tokens,
             "test_picture_tokens_are_single_ids",
             "lacks .*<IMG_CONTEXT>.*add_image_tokens",
+        ),
+        (
+            takes_picture_tokens_for_words,
+            "test_typed_special_tokens_stay_text",
+            "typed '<img>' becomes special ids .*: declare it as a special token",
         ),
         (lower_cases, "test_text_comes_back", "'Größe.*' comes back as 'größe"),
         (never_ends, "test_has_an_end_token", "eos_token is not set"),
