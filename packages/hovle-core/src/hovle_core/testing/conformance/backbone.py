@@ -1,12 +1,13 @@
 """Conformance of LLM backbones (`hovle_core.roles.LLMBackbone`), alone and inside a HoVLE."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hovle_core.config import HolisticEmbeddingConfig
@@ -40,10 +41,10 @@ class BackboneTests(TokenizerChecks, SpecTests):
 
     @pytest.fixture(scope="class")
     @classmethod
-    def hovle(
-        cls, subject: LLMBackbone, tokenizer: PreTrainedTokenizerBase, llm: PreTrainedModel
+    def untrained(
+        cls, tokenizer: PreTrainedTokenizerBase, llm: PreTrainedModel
     ) -> HovleForConditionalGeneration:
-        """A HoVLE of one block around the LLM, its new projections random, the LLM frozen."""
+        """A new HoVLE of one block around the LLM."""
         config = llm.config.get_text_config()
         heads = {
             field: value
@@ -54,15 +55,23 @@ class BackboneTests(TokenizerChecks, SpecTests):
             vocab_size=llm.get_input_embeddings().weight.shape[0], hidden_size=config.hidden_size,
             intermediate_size=2 * config.hidden_size, num_hidden_layers=1, image_size=56, **heads,
         )  # fmt: skip
+        image_id = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            image_id = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
-            model = HovleForConditionalGeneration.from_language_model(llm, embedding, image_id)
+            return HovleForConditionalGeneration.from_language_model(llm, embedding, image_id).eval()
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def hovle(cls, untrained: HovleForConditionalGeneration) -> HovleForConditionalGeneration:
+        """The same with random blocks and a frozen LLM: projections that start at zero hide what is behind them."""
+        model = copy.deepcopy(untrained)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
             for p in model.embedding.parameters():
-                if not p.any():  # projections that start at zero would hide what is behind them
-                    nn.init.normal_(p, std=0.02)
+                if not p.any():
+                    p.copy_(0.02 * torch.randn(p.shape, generator=generator))
         model.language_model.requires_grad_(False)
-        return model.eval()
+        return model
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -117,6 +126,18 @@ class BackboneTests(TokenizerChecks, SpecTests):
             llm(inputs_embeds=llm.get_input_embeddings()(ids)).logits,
             llm(input_ids=ids).logits,
             "logits of inputs_embeds differ from those of input_ids",
+        )
+
+    @torch.no_grad()
+    def test_an_untrained_hovle_reads_text_like_the_llm(
+        self, untrained: HovleForConditionalGeneration, llm: PreTrainedModel
+    ) -> None:
+        """The embedding starts from the LLM's own: training begins with a model that can write."""
+        ids = some_ids(llm)
+        assert_close(
+            untrained(input_ids=ids).logits,
+            llm(input_ids=ids).logits,
+            "logits of a new HoVLE differ from the LLM's (does the LLM scale or shift what its embedding table gives?)",
         )
 
     @torch.no_grad()
@@ -196,8 +217,8 @@ class BackboneTests(TokenizerChecks, SpecTests):
 
 
 def some_ids(llm: PreTrainedModel) -> Tensor:
-    """Eight token ids `[1, 8]` of the vocabulary."""
-    size = llm.get_input_embeddings().weight.shape[0]
+    """Eight ids `[1, 8]`, of the first tokens: those that a tokenizer adds for pictures come last."""
+    size = max(8, llm.get_input_embeddings().weight.shape[0] - 64)
     return torch.randint(0, size, (1, 8), generator=torch.Generator().manual_seed(0))
 
 
