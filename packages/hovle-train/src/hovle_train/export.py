@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hovle_train.checkpoint import sync_folder
 from hovle_train.lineage import parent_of
 from hovle_train.metrics import read_metrics
-from hovle_train.runs import FINAL, METRICS_FILE, SUMMARY_FILE
+from hovle_train.runs import FINAL, METRICS_FILE, RUN_CARD, SUMMARY_FILE
 
 if TYPE_CHECKING:
     from hovle_train.loop import Trainer
@@ -68,7 +68,7 @@ def export_final(trainer: "Trainer") -> None:
     temporary.mkdir(parents=True)
     trainer.stage.export(trainer.module, trainer.processor, temporary)
     card = summary(trainer)
-    (temporary / "hovle_run.json").write_text(json.dumps(card, indent=1))
+    (temporary / RUN_CARD).write_text(json.dumps(card, indent=1))
     write_json(folder / SUMMARY_FILE, card)
     sync_folder(temporary)
     os.replace(temporary, folder / FINAL)

@@ -2,12 +2,13 @@
 what a run started from is still what it was."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 from hovle_train.config import Recipe
-from hovle_train.runs import FINAL, is_finished, read_summary
+from hovle_train.runs import FINAL, RUN_CARD, is_finished, read_summary
 
 # What may change between starts of one run without changing what it computes.
 FREE_SECTIONS = ("resources", "observers", "run_dir")
@@ -68,6 +69,16 @@ def weights_hash(parent: str | None) -> str | None:
         with path.open("rb") as file:
             total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest() if files else None
+
+
+def plugins_of(parent: str | None) -> dict[str, str]:
+    """Plugin -> version, as the run that made a checkpoint wrote them into it; empty where no run of ours did."""
+    if parent is None:
+        return {}
+    folder = Path(parent) / FINAL if is_finished(parent) else Path(parent)
+    card = folder / RUN_CARD
+    plugins: dict[str, str] = json.loads(card.read_text())["plugins"] if card.is_file() else {}
+    return plugins
 
 
 def check_parent(recorded: str | None, now: str | None, recipe: Recipe, what: str) -> None:

@@ -23,7 +23,7 @@ from hovle_train.config import Recipe
 from hovle_train.export import export_final
 from hovle_train.fill import Fill
 from hovle_train.freeze import freeze_except, set_train_mode
-from hovle_train.lineage import check_finished, check_parent, check_same, parent_of, weights_hash
+from hovle_train.lineage import check_finished, check_parent, check_same, parent_of, plugins_of, weights_hash
 from hovle_train.metrics import MetricsWriter, Window, truncate_metrics
 from hovle_train.optim import build_optimizers, lr_share, set_lr
 from hovle_train.parallel import sync_gradients
@@ -106,7 +106,10 @@ class Trainer:
             self.recipe.path.mkdir(parents=True, exist_ok=True)
             (self.recipe.path / RECIPE_FILE).write_text(self.recipe.to_yaml())
             # Before it is read: a parent that changes meanwhile is then noticed.
-            self.parent_weights = weights_hash(parent_of(self.recipe))
+            parent = parent_of(self.recipe)
+            self.parent_weights = weights_hash(parent)
+            for change in self.plugins.changed_since(plugins_of(parent)):
+                logger.warning("%s: %s", parent, change)
         torch.manual_seed(self.recipe.seed)
         self.module, self.processor = self.stage.build()
         self.stage.processor = self.processor

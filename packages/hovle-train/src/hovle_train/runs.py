@@ -11,6 +11,7 @@ __all__ = [
     "FINAL",
     "METRICS_FILE",
     "RECIPE_FILE",
+    "RUN_CARD",
     "STATUS_FILE",
     "SUMMARY_FILE",
     "Run",
@@ -21,6 +22,8 @@ __all__ = [
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+# The summary once more, inside the finished checkpoint: it goes wherever that goes.
+RUN_CARD = "hovle_run.json"
 # A few words on long work before the first step, for whoever follows the run.
 STATUS_FILE = "status.txt"
 
