@@ -106,13 +106,13 @@ def test_an_error_of_the_plugins_own_code_is_shown_once_with_its_place(workshop,
     assert out.count("as above: ") >= 8
 
 
-def test_a_plugin_that_imports_torch_is_told_where_to_put_it(workshop, capfd) -> None:
+def test_a_plugin_that_imports_what_is_heavy_is_told_where_to_put_it(workshop, capfd) -> None:
     package = workshop.new("my-tokenizer", "tokenizer")
     module = package / "src" / "hovle_my_tokenizer" / "plugin.py"
-    module.write_text("import torch\n" + module.read_text())
+    module.write_text("import wandb\n" + module.read_text())
     assert main(["plugin", "test", "my-tokenizer"]) == 1
     out = " ".join(capfd.readouterr().out.split())
-    assert "listing plugin 'my-tokenizer' imports torch: import it in the module of the target" in out
+    assert "listing plugin 'my-tokenizer' imports wandb: import it in the module of the target" in out
 
 
 def test_wrong_arguments_say_what_to_do(workshop, capsys) -> None:

@@ -148,10 +148,9 @@ class StageTests(SpecTests):
     ) -> None:
         """Divided by the targets of the step over all ranks: micro-batches and world size then change no result."""
         totals = self.totals(subject, module, batches)
-        once = float(subject.loss(module, batches[0], totals)[0])
-        twice = float(
-            subject.loss(module, batches[0], {kind: 2 * count for kind, count in totals.items()})[0]
-        )
+        once = float(subject.loss(module, batches[0], totals)[0].detach())
+        doubled = {kind: 2 * count for kind, count in totals.items()}
+        twice = float(subject.loss(module, batches[0], doubled)[0].detach())
         assert abs(once - 2 * twice) <= 1e-4 * max(1e-3, abs(once)), (
             f"twice as many targets in the step turn {once:.6g} into {twice:.6g}, not into half: "
             "divide sums by `totals` and not by what is in the batch"
