@@ -83,7 +83,9 @@ class HovleForConditionalGeneration(PreTrainedModel, HovleGenerationMixin):
         model.generation_config.eos_token_id = language_model.generation_config.eos_token_id
         model.generation_config.pad_token_id = language_model.generation_config.pad_token_id
         with torch.no_grad():
-            model.embedding.embed_tokens.weight.copy_(table)
+            # Through the module: Gemma's scales what its table holds.
+            vocabulary = torch.arange(table.shape[0], device=table.device)
+            model.embedding.embed_tokens.weight.copy_(language_model.get_input_embeddings()(vocabulary))
             for block in cast(Iterable[TransformerBlock], model.embedding.layers):
                 block.self_attn.o_proj.weight.zero_()
                 block.mlp.down_proj.weight.zero_()
