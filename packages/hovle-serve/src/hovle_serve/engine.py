@@ -1,0 +1,307 @@
+"""Continuous batching: one thread owns the model, and requests join and leave the batch between any two steps.
+
+A step: drop who was cancelled, prefill who waits and fits, then decode one token of every row. Prompts run one by
+one, as `generate` would run them; only decoding is batched. A request's whole length is reserved when it is taken in, so
+that nobody is ever put out again: the queue is first come, first served, and its head waits until it fits.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from threading import Condition, Event, Thread
+
+import torch
+from torch import Tensor
+from transformers import SuppressTokensLogitsProcessor
+
+from hovle_core.modeling import HovleForConditionalGeneration
+from hovle_core.processor import Encoded, HovleProcessor
+from hovle_serve.answer import Answer, Piece
+from hovle_serve.batch import DecodeBatch, Prefilled, block_length, check_batchable, prefill
+from hovle_serve.sampling import Sampling
+from hovle_serve.stream import max_answer_tokens
+
+THREAD_NAME = "hovle-engine"
+# Prompt tokens run between two steps: whoever is being answered waits no longer than these take, or one prompt.
+PREFILL_TOKENS = 2048
+# What `generate` would do and the engine does not: (field of generation_config, its neutral value).
+_UNSUPPORTED = (
+    ("repetition_penalty", 1.0), ("no_repeat_ngram_size", 0), ("encoder_repetition_penalty", 1.0), ("min_length", 0),
+    ("min_new_tokens", 0), ("bad_words_ids", None), ("sequence_bias", None), ("forced_bos_token_id", None),
+    ("forced_eos_token_id", None), ("begin_suppress_tokens", None), ("exponential_decay_length_penalty", None),
+)  # fmt: skip
+
+
+class QueueFullError(RuntimeError):
+    """So many requests wait already that this one is better sent again later."""
+
+
+class EngineClosedError(RuntimeError):
+    """The engine is shutting down."""
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt to answer. `deliver` is called in the engine's thread with each Piece, the last of which has a
+    finish_reason, or with the exception that ended the answer; it must be quick and must not raise. A cancelled
+    request hears nothing more.
+
+    Its prompt and limit of tokens are checked when it is submitted.
+    """
+
+    prompt: Encoded
+    sampling: Sampling
+    deliver: Callable[[Piece | Exception], None]
+    stop: Sequence[str] = ()
+    top_logprobs: int | None = None
+    _cancelled: Event = field(default_factory=Event, repr=False)
+
+    def cancel(self) -> None:
+        """Free its place before the next step. May be called from any thread, and after the end."""
+        self._cancelled.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+
+@dataclass
+class _Active:
+    request: Request
+    answer: Answer
+    reserved: int
+
+
+class Engine:
+    """Answers requests with one model; the thread runs from construction to `close`.
+
+    Args:
+        max_batch: rows that decode together.
+        max_cache_tokens: bounds rows times the longest of them, prompt and answer, as the blocks count tokens.
+        max_queue: requests that may wait.
+
+    Raises ValueError for a model it cannot batch, or whose generation_config asks for what it does not do.
+    """
+
+    def __init__(
+        self,
+        model: HovleForConditionalGeneration,
+        processor: HovleProcessor,
+        max_batch: int = 16,
+        max_cache_tokens: int = 65536,
+        max_queue: int = 64,
+    ) -> None:
+        for name, value in (
+            ("max_batch", max_batch),
+            ("max_cache_tokens", max_cache_tokens),
+            ("max_queue", max_queue),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} {value} must be 1 or more")
+        check_batchable(model)
+        self.model, self.processor = model, processor
+        self.max_batch, self.max_cache_tokens, self.max_queue = max_batch, max_cache_tokens, max_queue
+        self._suppress = _suppression(model)
+        self._end_ids = _end_ids(model, processor)
+        self._changed = Condition()
+        self._waiting: deque[Request] = deque()
+        self._is_closing = False
+        self._active: list[_Active] = []  # in the order of the batch's rows
+        self._batch = DecodeBatch(model)
+        self.steps = 0
+        self._thread = Thread(target=self._run, name=THREAD_NAME)
+        self._thread.start()
+
+    # ---- any thread ------------------------------------------------------------------------------------------------
+
+    def submit(self, *requests: Request) -> None:
+        """Put requests in the queue, all or none.
+
+        Raises QueueFullError, EngineClosedError, and ValueError for one that is too long for the model or for
+        max_cache_tokens.
+        """
+        for request in requests:
+            self.check(request.prompt, request.sampling.max_new_tokens)
+        with self._changed:
+            if self._is_closing:
+                raise EngineClosedError("the server is shutting down")
+            if not self.has_room(len(requests)):
+                raise QueueFullError(
+                    f"{len(self._waiting)} requests wait already, the queue holds {self.max_queue}"
+                )
+            self._waiting.extend(requests)
+            self._changed.notify()
+
+    def check(self, prompt: Encoded, max_new_tokens: int) -> None:
+        """Raise ValueError unless model and cache have room for that many tokens behind the prompt."""
+        if max_new_tokens > (room := self.room(prompt)):
+            raise ValueError(
+                f"max_tokens {max_new_tokens} is more than the {room} for which there is room behind the prompt of "
+                f"{len(prompt.input_ids)} tokens"
+            )
+
+    def room(self, prompt: Encoded) -> int:
+        """How many tokens may follow a prompt, at least 1. Raises ValueError if there is room for none."""
+        room = self.max_cache_tokens - block_length(self.model, prompt)
+        if room < 1:
+            raise ValueError(
+                f"the conversation takes {self.max_cache_tokens - room} tokens and the cache has room for "
+                f"{self.max_cache_tokens}: start a new one, or give fewer or smaller pictures"
+            )
+        return min(room, max_answer_tokens(self.model.config, prompt))
+
+    def has_room(self, num_requests: int = 1) -> bool:
+        """Whether that many could be queued now."""
+        return len(self._waiting) + num_requests <= self.max_queue
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_active(self) -> int:
+        return len(self._active)
+
+    @property
+    def cached_tokens(self) -> int:
+        return self._batch.cached_tokens
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive() and not self._is_closing
+
+    def close(self) -> None:
+        """End the step in work and the thread; who is not answered yet hears EngineClosedError."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # ---- the engine's thread -----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while self._wait_for_work():
+                self._drop_cancelled()
+                self._admit()
+                if self._active:
+                    self._decode()
+        closed = EngineClosedError("the server is shutting down")
+        for request in [*(active.request for active in self._active), *self._waiting]:
+            _deliver(request, closed)
+        self._active.clear()
+        self._waiting.clear()
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closing or self._waiting or self._active)
+            return not self._is_closing
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            for request in [request for request in self._waiting if request.is_cancelled]:
+                self._waiting.remove(request)
+        self._keep([i for i, active in enumerate(self._active) if not active.request.is_cancelled])
+
+    def _keep(self, rows: Sequence[int]) -> None:
+        if len(rows) < len(self._active):
+            self._batch.keep(rows)
+            self._active = [self._active[i] for i in rows]
+
+    def _admit(self) -> None:
+        """Prefill from the head of the queue, and let who is not finished by that join the batch."""
+        rows: list[Prefilled] = []
+        joined: list[_Active] = []
+        spent = 0
+        while spent < PREFILL_TOKENS and (active := self._next_that_fits(joined)) is not None:
+            spent += len(active.request.prompt.input_ids)
+            try:
+                row, logits = prefill(self.model, self.processor, active.request.prompt)
+                is_finished = self._take([active], logits)[0]
+            except Exception as error:  # whatever it is, it is this request's alone
+                _deliver(active.request, error)
+                continue
+            if not is_finished:
+                rows.append(row)
+                joined.append(active)
+        if joined:
+            self._batch.join(rows)
+            self._active += joined
+
+    def _next_that_fits(self, joined: Sequence[_Active]) -> _Active | None:
+        """Take the queue's head out, unless batch or cache have no room for it yet."""
+        with self._changed:
+            while self._waiting and self._waiting[0].is_cancelled:
+                self._waiting.popleft()
+            if not self._waiting:
+                return None
+            request = self._waiting[0]
+            reserved = block_length(self.model, request.prompt) + request.sampling.max_new_tokens
+            rows = [*self._active, *joined]
+            longest = max([reserved, *(row.reserved for row in rows)])
+            if len(rows) == self.max_batch or (len(rows) + 1) * longest > self.max_cache_tokens:
+                return None
+            self._waiting.popleft()
+        answer = Answer(
+            self.processor.tokenizer, self._end_ids, request.sampling, request.stop, request.top_logprobs
+        )
+        return _Active(request, answer, reserved)
+
+    def _decode(self) -> None:
+        try:
+            logits = self._batch.step([active.answer.last_token for active in self._active])
+            is_finished = self._take(self._active, logits)
+        except Exception as error:  # out of memory, say: the cache is half written, so nobody can go on
+            for active in self._active:
+                _deliver(active.request, error)
+            self._active, self._batch = [], DecodeBatch(self.model)
+            return
+        self.steps += 1
+        self._keep([i for i, done in enumerate(is_finished) if not done])
+
+    def _take(self, rows: Sequence[_Active], logits: Tensor) -> list[bool]:
+        """Choose each row's next token from `logits [B, V]` and deliver; whose answer is complete."""
+        scores = logits.float()  # as generate does
+        if self._suppress is not None:
+            scores = self._suppress(None, scores)
+        best = scores.argmax(-1).tolist()
+        finished = []
+        for i, active in enumerate(rows):
+            token = best[i] if active.answer.is_greedy else active.answer.draw(scores[i : i + 1])
+            piece = active.answer.take(token, scores[i])
+            if piece is not None:
+                _deliver(active.request, piece)
+            finished.append(piece is not None and piece.finish_reason is not None)
+        return finished
+
+
+def _deliver(request: Request, item: Piece | Exception) -> None:
+    if not request.is_cancelled:
+        request.deliver(item)
+
+
+def _end_ids(model: HovleForConditionalGeneration, processor: HovleProcessor) -> frozenset[int]:
+    """The model's end tokens and the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return frozenset(end for end in (*ends, processor.tokenizer.eos_token_id) if end is not None)
+
+
+def _suppression(model: HovleForConditionalGeneration) -> SuppressTokensLogitsProcessor | None:
+    """What generation_config never lets the model say. Raises ValueError for what the engine does not do."""
+    config = model.generation_config
+    for name, neutral in _UNSUPPORTED:
+        if (value := getattr(config, name, None)) not in (None, neutral):
+            raise ValueError(
+                f"generation_config.{name} is {value!r}, which the server does not do; set it to {neutral!r}"
+            )
+    if not config.suppress_tokens:
+        return None
+    return SuppressTokensLogitsProcessor(copy.copy(config.suppress_tokens), device=model.device)

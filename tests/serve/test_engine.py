@@ -1,0 +1,309 @@
+"""Whoever else is in the batch, an answer is what `generate` says alone; places are freed, limits hold."""
+
+import queue
+import random
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from PIL import Image
+
+from hovle_core.processor import Encoded
+from hovle_core.testing import tiny_hovle
+from hovle_serve.answer import Piece, StopStrings
+from hovle_serve.chat import ChatSession
+from hovle_serve.engine import Engine, EngineClosedError, QueueFullError, Request
+from hovle_serve.sampling import Sampling
+
+WAIT = 30
+
+
+class Asked:
+    """A request and what came of it so far."""
+
+    def __init__(self, engine: Engine, prompt: Encoded, sampling: Sampling, **fields) -> None:
+        self.pieces: queue.SimpleQueue[Piece | Exception] = queue.SimpleQueue()
+        self.request = Request(prompt, sampling, self.pieces.put, **fields)
+        engine.submit(self.request)
+
+    def next(self) -> Piece:
+        piece = self.pieces.get(timeout=WAIT)
+        if isinstance(piece, Exception):
+            raise piece
+        return piece
+
+    def rest(self) -> list[Piece]:
+        pieces = [self.next()]
+        while pieces[-1].finish_reason is None:
+            pieces.append(self.next())
+        return pieces
+
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.rest())
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def encode(processor):
+    def encode(text: str, *sizes: tuple[int, int]) -> Encoded:
+        images = [Image.new("RGB", size, (40 * i, 200, 90)) for i, size in enumerate(sizes)]
+        parts = [*({"type": "image"} for _ in sizes), {"type": "text", "text": text}]
+        return processor.encode([{"role": "user", "content": parts}], images, add_generation_prompt=True)
+
+    return encode
+
+
+@pytest.fixture
+def silent_hd(model, processor):
+    """A HoVLE-HD, whose blocks cache more tokens than the LLM."""
+    hd = tiny_hovle(processor.tokenizer, pixel_shuffle_loc="post")
+    hd.generation_config.suppress_tokens = model.generation_config.suppress_tokens
+    return hd
+
+
+def generated(model, processor, prompt: Encoded, tokens: int) -> str:
+    out = model.generate(**processor.batch([prompt]), max_new_tokens=tokens, do_sample=False)
+    return processor.tokenizer.decode(out[0, len(prompt.input_ids) :], skip_special_tokens=True)
+
+
+PROMPTS = [
+    ("hi", []),
+    ("what is this?", [(60, 60)]),
+    ("and these two? " * 5, [(300, 60), (60, 200)]),
+    ("a red square", []),
+    ("blue", [(120, 60)]),
+]
+
+
+@pytest.mark.parametrize("layout", ["pre", "post", "image_bidirectional"])
+def test_an_answer_is_generates_whoever_joins_and_leaves(model, silent_hd, processor, encode, layout):
+    model = silent_hd if layout == "post" else model
+    if layout == "image_bidirectional":
+        model.config.embedding_config.mask_type = layout
+    lengths = [40, 3, 25, 12, 30]
+    prompts = [encode(text, *sizes) for text, sizes in PROMPTS]
+    expected = [generated(model, processor, prompt, n) for prompt, n in zip(prompts, lengths, strict=True)]
+    assert len(set(expected)) == len(expected)
+    sizes = []
+    model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(kwargs["inputs_embeds"].shape[0]), with_kwargs=True
+    )
+    with Engine(model, processor, max_batch=4) as engine:
+        asked, said = [], []
+        for prompt, n in zip(prompts, lengths, strict=True):
+            asked.append(Asked(engine, prompt, Sampling(max_new_tokens=n)))
+            said.append(asked[-1].next().text)  # the next one joins while this one is being answered
+        answers = [first + rest.text() for first, rest in zip(said, asked, strict=True)]
+        assert answers == expected
+        until(lambda: engine.num_active == 0)
+        assert engine.cached_tokens == 0
+    assert max(sizes) > 1
+
+
+def test_logprobs_are_the_models_and_do_not_depend_on_the_batch(model, processor, encode):
+    prompt, n = encode("what is this?", (60, 60)), 12
+    with Engine(model, processor) as engine:
+        others = [Asked(engine, encode(text, *sizes), Sampling(max_new_tokens=60)) for text, sizes in PROMPTS]
+        pieces = Asked(engine, prompt, Sampling(max_new_tokens=n), top_logprobs=3).rest()
+        for other in others:
+            other.request.cancel()
+    tokens = [token for piece in pieces for token in piece.logprobs]
+    ids = [token.token_id for token in tokens]
+    inputs = processor.batch([prompt])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([ids])], 1)
+    del inputs["attention_mask"]
+    with torch.no_grad():
+        scores = model(**inputs).logits[0, -n - 1 : -1]
+    scores[:, model.generation_config.suppress_tokens] = float("-inf")
+    expected = scores.log_softmax(-1)
+    assert len(ids) == n
+    got = torch.tensor([token.logprob for token in tokens])
+    torch.testing.assert_close(got, expected.gather(1, torch.tensor(ids)[:, None])[:, 0], atol=1e-4, rtol=0)
+    for token, row in zip(tokens, expected, strict=True):
+        assert [i for i, _ in token.top] == row.topk(3).indices.tolist()
+        assert token.top[0] == (token.token_id, token.logprob)  # greedy
+
+
+def test_a_seed_draws_the_same_alone_in_company_and_in_hovle_chat(model, processor, encode):
+    sampling = Sampling(max_new_tokens=20, temperature=1.2, top_p=0.9, seed=7)
+    prompt = processor.encode([{"role": "user", "content": "hi"}], add_generation_prompt=True)
+    expected = "".join(ChatSession(model, processor, sampling=sampling).ask("hi"))
+    with Engine(model, processor) as engine:
+        assert Asked(engine, prompt, sampling).text() == expected
+        crowd = [Asked(engine, encode(text, *sizes), sampling) for text, sizes in PROMPTS]
+        assert Asked(engine, prompt, sampling).text() == expected
+        other = Sampling(max_new_tokens=20, temperature=1.2, top_p=0.9, seed=8)
+        assert Asked(engine, prompt, other).text() != expected
+        for one in crowd:
+            one.rest()
+
+
+def test_why_an_answer_ends_and_how_many_tokens_it_took(model, processor, encode):
+    whole = generated(model, processor, encode("hi"), 20)
+    stop = whole[5:8]
+    with Engine(model, processor) as engine:
+        pieces = Asked(engine, encode("hi"), Sampling(max_new_tokens=20)).rest()
+        assert ("".join(p.text for p in pieces), pieces[-1].finish_reason) == (whole, "length")
+        assert [p.completion_tokens for p in pieces] == list(range(1, 21))
+        pieces = Asked(engine, encode("hi"), Sampling(max_new_tokens=20), stop=("no such", stop)).rest()
+        assert ("".join(p.text for p in pieces), pieces[-1].finish_reason) == (
+            whole[: whole.index(stop)],
+            "stop",
+        )
+        assert pieces[-1].completion_tokens < 20
+    end = processor.tokenizer.convert_tokens_to_ids(processor.tokenizer.tokenize(whole))[4]
+    model.generation_config.eos_token_id = [end]
+    expected = generated(model, processor, encode("hi"), 20)
+    assert len(expected) < len(whole)
+    with Engine(model, processor) as engine:
+        pieces = Asked(engine, encode("hi"), Sampling(max_new_tokens=20), top_logprobs=0).rest()
+        text = "".join(p.text for p in pieces)
+        assert whole.startswith(text)
+        assert expected.startswith(text)  # which also spells the end token here, an ordinary one
+        assert pieces[-1].finish_reason == "stop"
+        tokens = [token for p in pieces for token in p.logprobs]
+        assert pieces[-1].completion_tokens == len(tokens) + 1  # the end token counts
+
+
+def test_stop_strings_hold_back_no_more_than_they_must():
+    stops = StopStrings(["###", "ab"])
+    assert [stops.push(text) for text in ("x#", "#y", "#", "a", "c")] == [
+        ("x", False), ("##y", False), ("", False), ("#", False), ("ac", False)
+    ]  # fmt: skip
+    assert stops.push("one##") == ("one", False)
+    assert stops.push("#two") == ("", True)
+    assert stops.flush() == ""
+    whole = StopStrings([])
+    assert whole.push("ab") == ("ab", False)
+
+
+def test_cancelling_frees_the_place_within_a_step(model, processor, encode):
+    with Engine(model, processor, max_batch=1) as engine:
+        long = Asked(engine, encode("hi"), Sampling(max_new_tokens=400))
+        next_one = Asked(engine, encode("blue"), Sampling(max_new_tokens=4))
+        until(lambda: (engine.num_active, engine.num_waiting) == (1, 1))
+        long.request.cancel()
+        steps = engine.steps
+        assert next_one.text() == generated(model, processor, encode("blue"), 4)
+        assert engine.steps - steps <= 1 + 3  # the step in work, then the next one's own
+        dead = Asked(engine, encode("hi"), Sampling(max_new_tokens=400))
+        waiting = Asked(engine, encode("hi"), Sampling(max_new_tokens=400))
+        until(lambda: (engine.num_active, engine.num_waiting) == (1, 1))
+        waiting.request.cancel()
+        until(lambda: engine.num_waiting == 0)
+        assert waiting.pieces.empty()
+        dead.request.cancel()
+        until(lambda: engine.num_active == 0)
+
+
+def test_the_cache_never_outgrows_its_budget_and_the_queue_is_in_order(model, processor, encode):
+    short, long = encode("hi"), encode("hello " * 20)
+    budget = 2 * (len(long.input_ids) + 10)
+    seen = []
+    with Engine(model, processor, max_batch=8, max_cache_tokens=budget) as engine:
+        model.language_model.register_forward_hook(lambda *_: seen.append(engine.cached_tokens))
+        ended: list[int] = []
+
+        def ask(number: int, prompt: Encoded) -> Request:
+            def deliver(piece):
+                if piece.finish_reason:
+                    ended.append(number)
+
+            request = Request(prompt, Sampling(max_new_tokens=10), deliver)
+            engine.submit(request)
+            return request
+
+        for number in range(6):
+            ask(number, long if number % 2 else short)
+        until(lambda: len(ended) == 6)
+        assert ended == sorted(ended)
+        assert 0 < max(seen) <= budget
+        with pytest.raises(ValueError, match=f"max_tokens {budget} is more than the"):
+            Asked(engine, short, Sampling(max_new_tokens=budget))
+        with pytest.raises(ValueError, match="the cache has room for"):
+            Asked(engine, encode("hello " * 80), Sampling(max_new_tokens=1))
+
+
+def test_a_full_queue_takes_all_or_none(model, processor, encode):
+    with Engine(model, processor, max_batch=1, max_queue=2) as engine:
+        first = Asked(engine, encode("hi"), Sampling(max_new_tokens=400))
+        until(lambda: engine.num_active == 1)
+        heard = []
+        pair = [Request(encode("hi"), Sampling(max_new_tokens=2), heard.append) for _ in range(3)]
+        with pytest.raises(QueueFullError, match="the queue holds 2"):
+            engine.submit(*pair)
+        assert engine.num_waiting == 0
+        engine.submit(*pair[:2])
+        assert not engine.has_room()
+        first.request.cancel()
+        until(lambda: len(heard) == 4)
+
+
+def test_what_fails_fails_its_own_request_or_step_and_the_rest_goes_on(model, processor, encode):
+    expected = generated(model, processor, encode("hi"), 6)
+    broken = encode("hi", (60, 60))
+    broken.tiles = broken.tiles[:0]  # a bug of somebody's
+    with Engine(model, processor) as engine:
+        good = Asked(engine, encode("hi"), Sampling(max_new_tokens=6))
+        with pytest.raises(ValueError, match="placeholders"):
+            Asked(engine, broken, Sampling(max_new_tokens=6)).rest()
+        assert good.text() == expected
+
+        rows = [Asked(engine, encode("hi"), Sampling(max_new_tokens=300)) for _ in range(2)]
+        for row in rows:
+            row.next()
+        handle = model.language_model.register_forward_pre_hook(lambda *_: 1 / 0)
+        for row in rows:
+            with pytest.raises(ZeroDivisionError):
+                row.rest()
+        handle.remove()
+        assert Asked(engine, encode("hi"), Sampling(max_new_tokens=6)).text() == expected
+
+
+def test_closing_tells_who_still_waits(model, processor, encode):
+    engine = Engine(model, processor, max_batch=1)
+    asked = [Asked(engine, encode("hi"), Sampling(max_new_tokens=400)) for _ in range(2)]
+    asked[0].next()
+    engine.close()
+    for one in asked:
+        with pytest.raises(EngineClosedError):
+            one.rest()
+    assert not engine.is_running
+    with pytest.raises(EngineClosedError):
+        Asked(engine, encode("hi"), Sampling(max_new_tokens=4))
+
+
+def test_random_requests_and_cancels_leave_nothing_behind(model, processor, encode):
+    rng = random.Random(0)
+    prompts = [encode(text, *sizes) for text, sizes in PROMPTS]
+    with Engine(model, processor, max_batch=4, max_queue=100) as engine:
+        asked = []
+        for _ in range(60):
+            asked.append(Asked(engine, rng.choice(prompts), Sampling(max_new_tokens=rng.randint(1, 12))))
+            if rng.random() < 0.3:
+                rng.choice(asked).request.cancel()
+            if rng.random() < 0.2:
+                time.sleep(0.005)
+        for one in asked:
+            if not one.request.is_cancelled:
+                assert one.rest()[-1].completion_tokens == one.request.sampling.max_new_tokens
+        until(lambda: engine.num_active == engine.num_waiting == 0)
+        assert engine.cached_tokens == 0
+
+
+def test_what_the_engine_does_not_do_is_refused(model, processor):
+    model.generation_config.repetition_penalty = 1.2
+    with pytest.raises(ValueError, match="generation_config.repetition_penalty is 1.2"):
+        Engine(model, processor)
+    model.generation_config.repetition_penalty = None
+    model.config.text_config.sliding_window = 16
+    model.config.text_config.layer_types = ["sliding_attention"] * 2
+    with pytest.raises(ValueError, match="DynamicSlidingWindowLayer"):
+        Engine(model, processor)
