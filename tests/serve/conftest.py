@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from hovle_core.testing import tiny_hovle, tiny_processor, tiny_tokenizer
-from hovle_serve.stream import THREAD_NAME
+from hovle_serve import engine, stream
 
 
 @pytest.fixture(scope="session")
@@ -56,4 +56,6 @@ def ctrl_c_is_heard():
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
     yield
-    assert not [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]
+    assert not [
+        thread for thread in threading.enumerate() if thread.name in (stream.THREAD_NAME, engine.THREAD_NAME)
+    ]

@@ -1,8 +1,8 @@
 """Continuous batching: one thread owns the model, and requests join and leave the batch between any two steps.
 
 A step: drop who was cancelled, prefill who waits and fits, then decode one token of every row. Prompts run one by
-one, as `generate` would run them; only decoding is batched. A request's whole length is reserved when it is taken in, so
-that nobody is ever put out again: the queue is first come, first served, and its head waits until it fits.
+one, as `generate` would run them; only decoding is batched. A request's whole length is reserved when it is taken in,
+so that nobody is ever put out again: the queue is first come, first served, and its head waits until it fits.
 """
 
 import copy
@@ -101,6 +101,8 @@ class Engine:
                 raise ValueError(f"{name} {value} must be 1 or more")
         check_batchable(model)
         self.model, self.processor = model, processor
+        #: For decoding: the processor's own holds state while it encodes, which other threads do meanwhile.
+        self.tokenizer = copy.deepcopy(processor.tokenizer)
         self.max_batch, self.max_cache_tokens, self.max_queue = max_batch, max_cache_tokens, max_queue
         self._suppress = _suppression(model)
         self._end_ids = _end_ids(model, processor)
@@ -249,9 +251,7 @@ class Engine:
             if len(rows) == self.max_batch or (len(rows) + 1) * longest > self.max_cache_tokens:
                 return None
             self._waiting.popleft()
-        answer = Answer(
-            self.processor.tokenizer, self._end_ids, request.sampling, request.stop, request.top_logprobs
-        )
+        answer = Answer(self.tokenizer, self._end_ids, request.sampling, request.stop, request.top_logprobs)
         return _Active(request, answer, reserved)
 
     def _decode(self) -> None:
@@ -304,4 +304,4 @@ def _suppression(model: HovleForConditionalGeneration) -> SuppressTokensLogitsPr
             )
     if not config.suppress_tokens:
         return None
-    return SuppressTokensLogitsProcessor(copy.copy(config.suppress_tokens), device=model.device)
+    return SuppressTokensLogitsProcessor(config.suppress_tokens, device=model.device)

@@ -1,0 +1,203 @@
+"""Answers of the engine as an asyncio stream, and in OpenAI's shapes: whole, or as chunks of server-sent events."""
+
+import asyncio
+import json
+import math
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request as HttpRequest
+
+from hovle_core.processor import Encoded
+from hovle_serve.answer import Piece, TokenLogprob
+from hovle_serve.engine import Engine, Request
+from hovle_serve.metrics import Metrics
+from hovle_serve.protocol import ChatRequest
+from hovle_serve.sampling import Sampling
+
+Events = AsyncGenerator[tuple[int, Piece], None]
+# JSON knows no infinity; a token that is never said has this logprob.
+_NEVER = -9999.0
+
+
+class ClientLeftError(Exception):
+    """Nobody is there to read the answer."""
+
+
+async def answer(
+    engine: Engine,
+    metrics: Metrics,
+    http: HttpRequest,
+    prompt: Encoded,
+    samplings: Sequence[Sampling],
+    body: ChatRequest,
+) -> Events:
+    """`(index, piece)` of one answer for each sampling, as they come.
+
+    However it ends (closed, cancelled, the client gone: ClientLeftError), the places in the engine are freed. Raises
+    also what `Engine.submit` raises, and whatever ended an answer.
+    """
+    loop, start = asyncio.get_running_loop(), time.monotonic()
+    queue: asyncio.Queue[tuple[int, Piece | Exception]] = (
+        asyncio.Queue()
+    )  # holds no more than the answers' tokens
+
+    def deliver_to(index: int) -> Callable[[Piece | Exception], None]:
+        def deliver(item: Piece | Exception) -> None:
+            try:
+                loop.call_soon_threadsafe(queue.put_nowait, (index, item))
+            except RuntimeError:  # the loop has closed, and with it who would have read this
+                requests[index].cancel()
+
+        return deliver
+
+    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    requests = [
+        Request(prompt, sampling, deliver_to(i), stop=body.stop, top_logprobs=top_logprobs)
+        for i, sampling in enumerate(samplings)
+    ]
+    engine.submit(*requests)
+    watch = asyncio.create_task(_watch(http, queue))
+    last = [start] * len(requests)
+    try:
+        remaining = len(requests)
+        while remaining:
+            index, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            now = time.monotonic()
+            (metrics.first_token if last[index] == start else metrics.between).observe(now - last[index])
+            last[index] = now
+            if item.finish_reason is not None:
+                remaining -= 1
+                metrics.completion_tokens.inc(item.completion_tokens)
+            yield index, item
+        metrics.prompt_tokens.inc(len(prompt.input_ids))
+    finally:
+        watch.cancel()
+        for request in requests:
+            request.cancel()
+
+
+async def _watch(http: HttpRequest, queue: asyncio.Queue[tuple[int, Piece | Exception]]) -> None:
+    """Tell the reader of the queue when the client hangs up, which may be long before there is anything to send."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+    queue.put_nowait((-1, ClientLeftError()))
+
+
+@dataclass(frozen=True)
+class Completion:
+    """OpenAI's shapes of one response."""
+
+    model: str
+    tokenizer: Any
+    num_prompt_tokens: int
+    num_image_tokens: int
+    num_choices: int
+    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    async def whole(self, events: Events) -> dict[str, Any]:
+        """The response of a request that does not stream."""
+        texts: list[list[str]] = [[] for _ in range(self.num_choices)]
+        logprobs: list[list[TokenLogprob]] = [[] for _ in range(self.num_choices)]
+        last: list[Any] = [None] * self.num_choices
+        async with aclosing(events):
+            async for index, piece in events:
+                texts[index].append(piece.text)
+                logprobs[index] += piece.logprobs
+                last[index] = piece
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": "".join(texts[index])},
+                "logprobs": self._logprobs(logprobs[index]),
+                "finish_reason": last[index].finish_reason,
+            }
+            for index in range(self.num_choices)
+        ]
+        usage = self._usage([piece.completion_tokens for piece in last])
+        return {**self._head("chat.completion"), "choices": choices, "usage": usage}
+
+    async def stream(
+        self,
+        first: tuple[int, Piece],
+        events: Events,
+        include_usage: bool,
+        failure: Callable[[Exception], dict[str, Any]],
+    ) -> AsyncGenerator[str, None]:
+        """The same as server-sent events; `failure` gives the body of an error that comes in the middle."""
+        started: set[int] = set()
+        counts = [0] * self.num_choices
+        usage = {"usage": None} if include_usage else {}
+        try:
+            async with aclosing(_after(first, events)) as every:
+                async for index, piece in every:
+                    counts[index] = piece.completion_tokens
+                    for choice in self._chunks(index, piece, is_first=index not in started):
+                        yield _event({**self._head("chat.completion.chunk"), "choices": [choice], **usage})
+                    started.add(index)
+        except ClientLeftError:
+            return
+        except Exception as error:
+            yield _event(failure(error))
+            return
+        if include_usage:
+            yield _event({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage(counts)})
+        yield "data: [DONE]\n\n"
+
+    def _chunks(self, index: int, piece: Piece, is_first: bool) -> list[dict[str, Any]]:
+        def choice(delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
+            return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+        chunks = [choice({"role": "assistant", "content": ""})] if is_first else []
+        if piece.text or piece.logprobs:
+            chunks.append(choice({"content": piece.text}, self._logprobs(piece.logprobs)))
+        if piece.finish_reason is not None:
+            chunks.append(choice({}, reason=piece.finish_reason))
+        return chunks
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _usage(self, counts: Sequence[int]) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": sum(counts),
+            "total_tokens": self.num_prompt_tokens + sum(counts),
+            "prompt_tokens_details": {"image_tokens": self.num_image_tokens},
+        }
+
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if not tokens:
+            return None
+        content = [
+            {
+                **self._token(token.token_id, token.logprob),
+                "top_logprobs": [self._token(*entry) for entry in token.top],
+            }
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = self.tokenizer.decode([token_id])
+        # A token that is part of a character has no text of its own, and its bytes depend on the tokenizer's kind.
+        whole = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": logprob if math.isfinite(logprob) else _NEVER, "bytes": whole}
+
+
+async def _after(first: tuple[int, Piece], events: Events) -> Events:
+    async with aclosing(events):
+        yield first
+        async for event in events:
+            yield event
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -1,0 +1,114 @@
+"""A request's messages -> the model's prompt. Pictures come within the request; nothing is fetched."""
+
+import base64
+import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass
+from threading import Lock
+
+from PIL.Image import Image
+
+from hovle_core.images import ImageError, decode_image, image_size
+from hovle_core.processor import Encoded, HovleProcessor
+from hovle_core.rendering import Message
+from hovle_serve.protocol import ChatRequest, ImagePart, RequestError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one request. max_pixels and max_tiles are of all its pictures together."""
+
+    max_body_bytes: int = 32 * 2**20
+    max_messages: int = 256
+    max_characters: int = 400_000
+    max_images: int = 32
+    max_pixels: int = 64_000_000
+    max_tiles: int = 128
+
+
+class PromptEncoder:
+    """One processor for many threads: a tokenizer holds state while it works, so prompts are tokenised one by one."""
+
+    def __init__(self, processor: HovleProcessor, limits: Limits) -> None:
+        self._processor, self._limits = processor, limits
+        self._lock = Lock()
+
+    def encode(self, body: ChatRequest) -> Encoded:
+        """Raises RequestError (400) naming the part at fault. No picture is decoded before all passed the limits."""
+        messages, files = _read_messages(body, self._limits)
+        images = _decoded(files, self._processor, self._limits)
+        try:
+            with self._lock:
+                return self._processor.encode(messages, images, add_generation_prompt=True)
+        except ValueError as error:  # such as the chat template's own, about the order of roles
+            raise RequestError(400, str(error), "messages") from error
+
+
+def _read_messages(body: ChatRequest, limits: Limits) -> tuple[list[Message], list[tuple[str, str]]]:
+    """Messages as the processor takes them, and (place in the body, URL) of their pictures."""
+    if len(body.messages) > limits.max_messages:
+        raise RequestError(
+            400, f"{len(body.messages)} messages, at most {limits.max_messages} are taken", "messages"
+        )
+    messages: list[Message] = []
+    files: list[tuple[str, str]] = []
+    characters = 0
+    for i, message in enumerate(body.messages):
+        parts: list[dict[str, str]] = []
+        for j, part in enumerate([message.content] if isinstance(message.content, str) else message.content):
+            if isinstance(part, ImagePart):
+                files.append((f"messages.{i}.content.{j}.image_url.url", part.image_url.url))
+                parts.append({"type": "image"})
+            else:
+                text = part if isinstance(part, str) else part.text
+                characters += len(text)
+                parts.append({"type": "text", "text": text})
+        role = "system" if message.role == "developer" else message.role
+        messages.append({"role": role, "content": parts})
+    if characters > limits.max_characters:
+        raise RequestError(
+            400, f"{characters} characters, at most {limits.max_characters} are taken", "messages"
+        )
+    return messages, files
+
+
+def _decoded(files: Sequence[tuple[str, str]], processor: HovleProcessor, limits: Limits) -> list[Image]:
+    if len(files) > limits.max_images:
+        raise RequestError(400, f"{len(files)} pictures, at most {limits.max_images} are taken", "messages")
+    pixels = tiles = 0
+    data = []
+    for place, url in files:
+        data.append(_data(place, url))
+        try:
+            width, height = image_size(data[-1], max_pixels=limits.max_pixels)
+        except ImageError as error:
+            raise RequestError(400, f"{place}: {error}", place, "invalid_image") from error
+        pixels += width * height
+        tiles += processor.image_processor.num_tiles(width, height)
+        for what, number, most in (("pixels", pixels, limits.max_pixels), ("tiles", tiles, limits.max_tiles)):
+            if number > most:
+                raise RequestError(400, f"{place}: with this picture the request has {number} {what}, at most {most} "
+                                   "are taken: send fewer or smaller pictures", place)  # fmt: skip
+    images = []
+    for (place, _), file in zip(files, data, strict=True):
+        try:
+            images.append(decode_image(file, max_pixels=limits.max_pixels))
+        except ImageError as error:
+            raise RequestError(400, f"{place}: {error}", place, "invalid_image") from error
+    return images
+
+
+def _data(place: str, url: str) -> bytes:
+    header, comma, payload = url.partition(",")
+    if not header.lower().startswith("data:"):
+        raise RequestError(
+            400,
+            f"{place}: only data URIs (data:image/png;base64,...) are taken, the server fetches nothing",
+            place,
+        )
+    if not comma or not header.lower().endswith(";base64"):
+        raise RequestError(400, f"{place}: a data URI needs ';base64,' before its data", place)
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError) as error:  # ValueError: characters beyond ASCII
+        raise RequestError(400, f"{place}: the data URI is not valid base64: {error}", place) from error
