@@ -1,4 +1,4 @@
-"""A conversation with a HoVLE, and how one is loaded to be talked to."""
+"""A conversation with a HoVLE in this process, and how one is loaded to be talked to."""
 
 import json
 from collections.abc import Generator, Sequence
@@ -16,17 +16,15 @@ from hovle_core.official import RELEASED_MODEL_TYPE
 from hovle_core.processor import HovleProcessor
 from hovle_core.rendering import Message
 from hovle_core.runs import latest_checkpoint
+from hovle_serve.conversation import Conversation
 from hovle_serve.sampling import Sampling
 from hovle_serve.stream import max_answer_tokens, stream_answer
 
 PROCESSOR_FILE = "processor_config.json"
 
 
-class ChatSession:
-    """One conversation: `messages` so far (transformers style) and the `images` of their image parts, in order.
-
-    Ask one question at a time; sessions that share a model may answer side by side.
-    """
+class ChatSession(Conversation):
+    """A conversation with a model in this process; sessions that share a model may answer side by side."""
 
     def __init__(
         self,
@@ -35,64 +33,25 @@ class ChatSession:
         system: str | None = None,
         sampling: Sampling | None = None,
     ) -> None:
-        self.model, self.processor, self.system = model, processor, system
+        self.model, self.processor = model, processor
         self.sampling = sampling or Sampling()
-        self.reset()
+        super().__init__(system)
 
     def reset(self) -> None:
         """Forget everything but the system message; a seed starts anew."""
-        self.messages: list[Message] = []
-        if self.system is not None:
-            self.messages.append({"role": "system", "content": _checked(self.system, "the system message")})
-        self.images: list[Image] = []
+        super().reset()
         self._generator = self.sampling.generator()
 
-    def ask(self, text: str, images: Sequence[Image] = ()) -> Generator[str, None, None]:
-        """The answer in pieces of whole characters; pictures stand before the text.
-
-        Closing the iterator stops the answer; what came of it stays in the conversation. A question without any
-        answer (stopped or failed before its first piece, or failed later) leaves the conversation as it was.
-
-        Raises ValueError at once for an empty or malformed text and for a conversation that is too long for the
-        model; what fails in generation is raised while iterating.
-        """
-        if not text.strip() and not images:
-            raise ValueError("the question is empty: write a text or give a picture")
-        parts: list[dict[str, str]] = [{"type": "image"} for _ in images]
-        if text.strip():
-            parts.append({"type": "text", "text": _checked(text, "the question")})
-        messages = [*self.messages, {"role": "user", "content": parts if images else text}]
-        pictures = [*self.images, *images]
-        prompt = self.processor.encode(messages, pictures, add_generation_prompt=True)
+    def _answer(self, messages: Sequence[Message], images: Sequence[Image]) -> Generator[str, None, None]:
+        prompt = self.processor.encode(messages, images, add_generation_prompt=True)
         room = max_answer_tokens(self.model.config, prompt)
-        pieces = stream_answer(
+        return stream_answer(
             self.model,
             self.processor,
             prompt,
             min(self.sampling.max_new_tokens, room),
             self.sampling.logits_processors(self._generator),
         )
-        return self._remembered(pieces, messages, pictures)
-
-    def _remembered(
-        self, pieces: Generator[str, None, None], messages: list[Message], images: list[Image]
-    ) -> Generator[str, None, None]:
-        answer: list[str] = []
-
-        def remember() -> None:
-            self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]
-            self.images = images
-
-        try:
-            for piece in pieces:
-                answer.append(piece)
-                yield piece
-        except (GeneratorExit, KeyboardInterrupt):
-            pieces.close()  # stops the thread and waits for it
-            if answer:
-                remember()
-            raise
-        remember()
 
 
 def load(
@@ -161,12 +120,3 @@ def _file(checkpoint: str, name: str) -> str | None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _checked(text: str, what: str) -> str:
-    """Halves of surrogate pairs (a terminal's broken bytes) are no text for a tokenizer."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{what} is not valid Unicode: {error}") from error
-    return text

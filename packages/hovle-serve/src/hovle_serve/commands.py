@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # `hovle --help` builds the parsers: what is heavy is imported when a command runs
     from PIL.Image import Image
 
-    from hovle_serve.chat import ChatSession
+    from hovle_serve.conversation import Conversation
 
+KEY_VARIABLE = "HOVLE_API_KEY"  # not an option: other users of a machine can read those
 HELP = "/image PATH adds a picture to the next message, /reset forgets the conversation, /quit or Ctrl-D ends"
 _COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
 # What would move a terminal's cursor or change its state: C0 but for tab and newline, delete, C1.
@@ -28,8 +30,9 @@ def add_chat_parser(cli: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="talk to a model about pictures",
         description=f"Answer a question, or without one hold a conversation. {HELP}; Ctrl-C stops an answer.",
     )
-    parser.add_argument("run_or_checkpoint",
-                        help="a run, a folder of runs (its last finished stage), a checkpoint, a hub id")  # fmt: skip
+    parser.add_argument("run_or_checkpoint", nargs="?",
+                        help="a run, a folder of runs (its last finished stage), a checkpoint, a hub id; not with --url"
+                        )  # fmt: skip
     parser.add_argument("question", nargs="?", help="answer this and exit")
     parser.add_argument("--image", action="append", default=[], metavar="PICTURE", dest="images",
                         help="a picture for the first message (may be repeated)")  # fmt: skip
@@ -42,6 +45,8 @@ def add_chat_parser(cli: argparse._SubParsersAction[argparse.ArgumentParser]) ->
                         help="draw from the likeliest tokens that hold this share of probability")  # fmt: skip
     parser.add_argument("--seed", type=int, metavar="S", help="the same draws every time")
     parser.add_argument("--system", metavar="TEXT", help="a system message")
+    parser.add_argument("--url", help="talk to a server (hovle serve) instead, such as http://127.0.0.1:8000; "
+                        f"{KEY_VARIABLE} holds its API key")  # fmt: skip
     parser.set_defaults(run=run_chat)
     _accept_late_question(parser)
 
@@ -62,6 +67,14 @@ def _accept_late_question(parser: argparse.ArgumentParser) -> None:
 def run_chat(args: argparse.Namespace) -> int:
     from hovle_core.images import open_image
 
+    if args.url is not None:  # then there is no model to name, and the first word is the question
+        if args.question is not None:
+            raise ValueError(
+                "--url names the model's server: give a question alone, without a run or checkpoint"
+            )
+        args.run_or_checkpoint, args.question = None, args.run_or_checkpoint
+    elif args.run_or_checkpoint is None:
+        raise ValueError("give a run or a checkpoint to talk to, or --url")
     if args.question is not None and not args.question.strip() and not args.images:
         raise ValueError("the question is empty; leave it out for a conversation")
     if args.top_p < 1 and args.temperature == 0:
@@ -74,7 +87,17 @@ def run_chat(args: argparse.Namespace) -> int:
     return 0
 
 
-def _open_session(args: argparse.Namespace) -> ChatSession:
+def _open_session(args: argparse.Namespace) -> Conversation:
+    if args.url is not None:
+        from hovle_serve.remote import RemoteSession
+
+        fields = {
+            "max_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed
+        }  # fmt: skip
+        remote = RemoteSession(args.url, os.environ.get(KEY_VARIABLE), args.system, fields)
+        if args.question is None:
+            _note(f"talking to {remote.model} at {args.url}")
+        return remote
     from hovle_core.runs import latest_checkpoint
 
     checkpoint = latest_checkpoint(args.run_or_checkpoint)  # a typing error is told before torch is imported
@@ -91,7 +114,7 @@ def _open_session(args: argparse.Namespace) -> ChatSession:
     return ChatSession(model, processor, system=args.system, sampling=sampling)
 
 
-def converse(session: ChatSession, images: Sequence[Image] = ()) -> int:
+def converse(session: Conversation, images: Sequence[Image] = ()) -> int:
     """Read messages until the end of input or /quit, and answer each; `images` go with the first.
 
     What is wrong with one message is said, and the conversation goes on. Returns the exit code. KeyboardInterrupt
@@ -127,7 +150,7 @@ def converse(session: ChatSession, images: Sequence[Image] = ()) -> int:
             _note(f"there is no /{command[1]}; {HELP}")
 
 
-def _turn(session: ChatSession, text: str, images: list[Image]) -> list[Image]:
+def _turn(session: Conversation, text: str, images: list[Image]) -> list[Image]:
     """Answer one message; returns the pictures that still wait, which are those of a message that got no answer."""
     before = len(session.messages)
     try:
@@ -156,7 +179,7 @@ def _opened(path: str) -> list[Image]:
     return [image]
 
 
-def _say(session: ChatSession, text: str, images: Sequence[Image]) -> None:
+def _say(session: Conversation, text: str, images: Sequence[Image]) -> None:
     with contextlib.closing(session.ask(text, images)) as pieces:
         for piece in pieces:
             print(_printable(piece), end="", flush=True)
