@@ -1,13 +1,21 @@
-"""A tiny HoVLE on disk that speaks ASCII, and pictures."""
+"""A tiny HoVLE that speaks ASCII, on disk and behind a socket, and pictures."""
 
+import json
 import signal
+import socket
 import threading
+from collections.abc import Iterator
 
+import httpx
+import openai
 import pytest
+import uvicorn
 from PIL import Image
 
 from hovle_core.testing import tiny_hovle, tiny_processor, tiny_tokenizer
 from hovle_serve import engine, stream
+from hovle_serve.api import create_app
+from hovle_serve.engine import Engine
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +67,63 @@ def no_thread_is_left():
     assert not [
         thread for thread in threading.enumerate() if thread.name in (stream.THREAD_NAME, engine.THREAD_NAME)
     ]
+
+
+class Served:
+    """A server on a port of its own, which serves the tiny model as "tiny/hovle"."""
+
+    name = "tiny/hovle"
+
+    def __init__(self, engine: Engine, **arguments) -> None:
+        self.engine = engine
+        config = uvicorn.Config(create_app(engine, self.name, **arguments), log_level="critical", http="h11")
+        self._server = uvicorn.Server(config)
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]})
+        self._thread.start()
+        self.http = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+
+    def client(self, **arguments) -> openai.OpenAI:
+        http = httpx.Client(trust_env=False)
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", http_client=http, **{"api_key": "any", "max_retries": 0} | arguments
+        )
+
+    def post(self, body, **fields) -> httpx.Response:
+        """`body`: bytes as they are, or the fields of a request beside model and messages."""
+        if isinstance(body, dict):
+            body = json.dumps(
+                {
+                    "model": self.name,
+                    "messages": [{"role": "user", "content": "hi"}],
+                    "max_tokens": 4,
+                    "temperature": 0,
+                }
+                | body
+            ).encode()
+        headers = {"Content-Type": "application/json"} | fields.pop("headers", {})
+        return self.http.post("/v1/chat/completions", content=body, headers=headers, **fields)
+
+    def stop(self) -> None:
+        self.http.close()
+        self._server.should_exit = True
+        self._thread.join(timeout=30)
+        assert not self._thread.is_alive()
+        assert not self.engine.is_running
+
+
+@pytest.fixture
+def serve(model, processor) -> Iterator:
+    """`serve(limits=..., api_keys=..., max_batch=...)`."""
+    servers = []
+
+    def start(max_batch=8, max_queue=16, **arguments) -> Served:
+        servers.append(
+            Served(Engine(model, processor, max_batch=max_batch, max_queue=max_queue), **arguments)
+        )
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()

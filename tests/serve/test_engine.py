@@ -12,6 +12,7 @@ from PIL import Image
 from hovle_core.processor import Encoded
 from hovle_core.testing import tiny_hovle
 from hovle_serve.answer import Piece, StopStrings
+from hovle_serve.batch import DecodeBatch
 from hovle_serve.chat import ChatSession
 from hovle_serve.engine import Engine, EngineClosedError, QueueFullError, Request
 from hovle_serve.sampling import Sampling
@@ -145,6 +146,19 @@ def test_a_seed_draws_the_same_alone_in_company_and_in_hovle_chat(model, process
             one.rest()
 
 
+def test_several_answers_to_one_prompt_read_it_once(model, processor, encode):
+    prompt, tiles = encode("what is this?", (60, 60)), []
+    model.embedding.patch_embed.register_forward_pre_hook(lambda _, args: tiles.append(len(args[0])))
+    expected = generated(model, processor, prompt, 8)
+    tiles.clear()
+    heard: list[list[Piece]] = [[], [], []]
+    with Engine(model, processor) as engine:
+        engine.submit(*(Request(prompt, Sampling(max_new_tokens=8), pieces.append) for pieces in heard))
+        until(lambda: all(pieces and pieces[-1].finish_reason for pieces in heard))
+    assert tiles == [1]
+    assert ["".join(piece.text for piece in pieces) for pieces in heard] == [expected] * 3
+
+
 def test_why_an_answer_ends_and_how_many_tokens_it_took(model, processor, encode):
     whole = generated(model, processor, encode("hi"), 20)
     stop = whole[5:8]
@@ -246,7 +260,7 @@ def test_a_full_queue_takes_all_or_none(model, processor, encode):
         until(lambda: len(heard) == 4)
 
 
-def test_what_fails_fails_its_own_request_or_step_and_the_rest_goes_on(model, processor, encode):
+def test_what_fails_fails_its_own_request_or_step_and_the_rest_goes_on(model, processor, encode, monkeypatch):
     expected = generated(model, processor, encode("hi"), 6)
     broken = encode("hi", (60, 60))
     broken.tiles = broken.tiles[:0]  # a bug of somebody's
@@ -264,6 +278,12 @@ def test_what_fails_fails_its_own_request_or_step_and_the_rest_goes_on(model, pr
             with pytest.raises(ZeroDivisionError):
                 row.rest()
         handle.remove()
+        assert Asked(engine, encode("hi"), Sampling(max_new_tokens=6)).text() == expected
+
+        monkeypatch.setattr(DecodeBatch, "join", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Asked(engine, encode("hi"), Sampling(max_new_tokens=6)).rest()
+        monkeypatch.undo()
         assert Asked(engine, encode("hi"), Sampling(max_new_tokens=6)).text() == expected
 
 

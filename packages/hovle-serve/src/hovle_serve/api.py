@@ -128,13 +128,13 @@ class _Service:
             int((prompt.input_ids == self.engine.processor.image_token_id).sum()),
             len(samplings),
         )
-        events = answer(self.engine, self.metrics, request, prompt, samplings, body)
+        top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        events = answer(self.engine, self.metrics, request, prompt, samplings, body.stop, top_logprobs)
         try:
             if not body.stream:
                 return JSONResponse(await completion.whole(events))
-            first = await anext(
-                events
-            )  # what goes wrong before the first text still gets a status of its own
+            # What goes wrong before the first text still gets a status of its own.
+            first = await anext(events)
         except QueueFullError as error:
             raise _busy(str(error)) from error
         except EngineClosedError as error:
@@ -161,7 +161,7 @@ class _Service:
                 prompt = await asyncio.to_thread(self._prompts.encode, body)
         finally:
             self._readers -= 1
-        return body, prompt
+        return body.model_copy(update={"messages": []}), prompt  # which may hold megabytes of pictures
 
     def _samplings(self, body: ChatRequest, prompt: Encoded) -> list[Sampling]:
         """How to draw each of the n answers; the seeds of the others follow the first's."""
@@ -171,8 +171,9 @@ class _Service:
                 400, f"n: {n} is more than the {self.engine.max_queue} that the queue holds", "n"
             )
         try:
-            limit = body.limit or min(DEFAULT_MAX_TOKENS, self.engine.room(prompt))
-            self.engine.check(prompt, limit)
+            limit = min(
+                body.limit or DEFAULT_MAX_TOKENS, self.engine.room(prompt)
+            )  # an upper bound, as in hovle chat
         except ValueError as error:
             raise RequestError(400, str(error), "messages", "context_length_exceeded") from error
         temperature = 1.0 if body.temperature is None else body.temperature

@@ -16,7 +16,6 @@ from hovle_core.processor import Encoded
 from hovle_serve.answer import Piece, TokenLogprob
 from hovle_serve.engine import Engine, Request
 from hovle_serve.metrics import Metrics
-from hovle_serve.protocol import ChatRequest
 from hovle_serve.sampling import Sampling
 
 Events = AsyncGenerator[tuple[int, Piece], None]
@@ -34,7 +33,8 @@ async def answer(
     http: HttpRequest,
     prompt: Encoded,
     samplings: Sequence[Sampling],
-    body: ChatRequest,
+    stop: Sequence[str] = (),
+    top_logprobs: int | None = None,
 ) -> Events:
     """`(index, piece)` of one answer for each sampling, as they come.
 
@@ -55,9 +55,8 @@ async def answer(
 
         return deliver
 
-    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     requests = [
-        Request(prompt, sampling, deliver_to(i), stop=body.stop, top_logprobs=top_logprobs)
+        Request(prompt, sampling, deliver_to(i), stop=stop, top_logprobs=top_logprobs)
         for i, sampling in enumerate(samplings)
     ]
     engine.submit(*requests)

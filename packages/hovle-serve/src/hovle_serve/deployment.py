@@ -10,8 +10,7 @@ from hovle_serve.serving import ServeConfig, build_app
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-# A replica that is replaced finishes what it answers.
-@serve.deployment(name="hovle", graceful_shutdown_timeout_s=120)
+
 @serve.ingress()
 class HovleServer:
     """A replica: one model, one engine."""
@@ -36,8 +35,11 @@ def app(args: ServeConfig) -> Application:
     Replicas come and go with the requests in flight: one for each `max_batch` of them. A replica takes what its batch
     and queue hold, and answers more with 429 itself; what finds every replica full waits in Ray, as many again.
     """
-    return HovleServer.options(
+    deploy = serve.deployment(
+        name="hovle",
         max_ongoing_requests=args.max_batch + args.max_queue,
         max_queued_requests=args.max_queue,
         autoscaling_config={"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": args.max_batch},
-    ).bind(args)
+        graceful_shutdown_timeout_s=120,  # a replica that is replaced finishes what it answers
+    )
+    return deploy(HovleServer).bind(args)

@@ -189,17 +189,33 @@ class Engine:
     # ---- the engine's thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        with torch.inference_mode():
-            while self._wait_for_work():
-                self._drop_cancelled()
-                self._admit()
-                if self._active:
-                    self._decode()
-        closed = EngineClosedError("the server is shutting down")
-        for request in [*(active.request for active in self._active), *self._waiting]:
-            _deliver(request, closed)
-        self._active.clear()
-        self._waiting.clear()
+        try:
+            with torch.inference_mode():
+                while self._wait_for_work():
+                    self._step()
+        finally:
+            with self._changed:
+                self._is_closing = True
+                self._fail_active(closed := EngineClosedError("the server is shutting down"))
+                for request in self._waiting:
+                    _deliver(request, closed)
+                self._waiting.clear()
+
+    def _step(self) -> None:
+        try:
+            self._drop_cancelled()
+            self._admit()
+            if self._active:
+                self._decode()
+        except (
+            Exception
+        ) as error:  # out of memory, say: the cache may be half written, so nobody in it can go on
+            self._fail_active(error)
+
+    def _fail_active(self, error: Exception) -> None:
+        for active in self._active:
+            _deliver(active.request, error)
+        self._active, self._batch = [], DecodeBatch(self.model)
 
     def _wait_for_work(self) -> bool:
         with self._changed:
@@ -220,24 +236,25 @@ class Engine:
     def _admit(self) -> None:
         """Prefill from the head of the queue, and let who is not finished by that join the batch."""
         rows: list[Prefilled] = []
-        joined: list[_Active] = []
-        spent = 0
-        while spent < PREFILL_TOKENS and (active := self._next_that_fits(joined)) is not None:
-            spent += len(active.request.prompt.input_ids)
+        spent, prefilled = 0, None
+        while spent < PREFILL_TOKENS and (active := self._next_that_fits()) is not None:
+            prompt = active.request.prompt
             try:
-                row, logits = prefill(self.model, self.processor, active.request.prompt)
+                if prefilled is not prompt:  # several answers to one prompt read it once
+                    spent += len(prompt.input_ids)
+                    row, logits = prefill(self.model, self.processor, prompt)
+                    prefilled = prompt
                 is_finished = self._take([active], logits)[0]
             except Exception as error:  # whatever it is, it is this request's alone
                 _deliver(active.request, error)
                 continue
             if not is_finished:
                 rows.append(row)
-                joined.append(active)
-        if joined:
+                self._active.append(active)
+        if rows:
             self._batch.join(rows)
-            self._active += joined
 
-    def _next_that_fits(self, joined: Sequence[_Active]) -> _Active | None:
+    def _next_that_fits(self) -> _Active | None:
         """Take the queue's head out, unless batch or cache have no room for it yet."""
         with self._changed:
             while self._waiting and self._waiting[0].is_cancelled:
@@ -246,24 +263,18 @@ class Engine:
                 return None
             request = self._waiting[0]
             reserved = block_length(self.model, request.prompt) + request.sampling.max_new_tokens
-            rows = [*self._active, *joined]
-            longest = max([reserved, *(row.reserved for row in rows)])
-            if len(rows) == self.max_batch or (len(rows) + 1) * longest > self.max_cache_tokens:
+            longest = max([reserved, *(active.reserved for active in self._active)])
+            rows = len(self._active) + 1
+            if rows > self.max_batch or rows * longest > self.max_cache_tokens:
                 return None
             self._waiting.popleft()
         answer = Answer(self.tokenizer, self._end_ids, request.sampling, request.stop, request.top_logprobs)
         return _Active(request, answer, reserved)
 
     def _decode(self) -> None:
-        try:
-            logits = self._batch.step([active.answer.last_token for active in self._active])
-            is_finished = self._take(self._active, logits)
-        except Exception as error:  # out of memory, say: the cache is half written, so nobody can go on
-            for active in self._active:
-                _deliver(active.request, error)
-            self._active, self._batch = [], DecodeBatch(self.model)
-            return
+        logits = self._batch.step([active.answer.last_token for active in self._active])
         self.steps += 1
+        is_finished = self._take(self._active, logits)
         self._keep([i for i, done in enumerate(is_finished) if not done])
 
     def _take(self, rows: Sequence[_Active], logits: Tensor) -> list[bool]:

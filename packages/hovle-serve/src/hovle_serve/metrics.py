@@ -23,7 +23,7 @@ class Metrics:
         )
         self.first_token = Histogram(
             "hovle_time_to_first_token_seconds",
-            "From the end of a request's body to its first text",
+            "From the queue to the first text of an answer",
             buckets=_SECONDS,
             registry=self.registry,
         )
