@@ -1,0 +1,130 @@
+"""The page at `/`, in a real Chromium."""
+
+import re
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from hovle_core.images import open_image
+from hovle_serve.chat import ChatSession
+from hovle_serve.sampling import Sampling
+
+PASTE = """() => {
+    const file = new File([Uint8Array.from(atob(PNG), (c) => c.charCodeAt(0))], "a.png", {type: "image/png"});
+    const dataTransfer = new DataTransfer();
+    dataTransfer.items.add(file);
+    document.body.dispatchEvent(new EVENT);
+}"""
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+
+
+def test_the_page_takes_nothing_from_elsewhere_and_nobody_frames_it(serve):
+    response = serve().http.get("/")
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert not re.search(r"https?:|[\"'(]//|innerHTML|<link|@import|import\(", response.text)
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    errors: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--no-proxy-server"]
+        )
+        page = browser.new_page(viewport={"width": 360, "height": 640})
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        yield page
+        browser.close()
+    assert errors == []
+
+
+def answers(page: Page):
+    return page.locator("#log li.assistant")
+
+
+@pytest.mark.slow
+def test_a_conversation_by_keyboard_on_a_phones_width(serve, page, model, processor, picture):
+    session = ChatSession(model, processor, sampling=Sampling(max_new_tokens=9))
+    expected = ["".join(session.ask("what is this?", [open_image(picture)])), "".join(session.ask("and?"))]
+    page.goto(serve().url)
+    expect(page.locator("#model")).to_have_text("tiny/hovle")
+    page.locator("#limit").evaluate("(input) => { input.value = 9; }")
+    page.locator("#files").set_input_files(picture)
+    expect(page.locator("#waiting img")).to_have_count(1)
+    page.keyboard.type("what is this?")  # the message box has the focus
+    page.keyboard.press("Enter")
+    expect(answers(page).nth(0)).to_contain_text("4 of them pictures; 9 written")
+    assert answers(page).nth(0).evaluate("(item) => item.firstChild.data") == expected[0]
+    expect(page.locator("#log li.user img")).to_have_count(1)
+    page.keyboard.type("and?")
+    page.keyboard.press("Enter")
+    expect(answers(page).nth(1)).to_contain_text("9 written")
+    assert answers(page).nth(1).evaluate("(item) => item.firstChild.data") == expected[1]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+    reached = set()
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+    assert {"SUMMARY", "reset", "text", "files", "send"} <= reached
+    page.locator("#reset").press("Enter")
+    expect(page.locator("#log li")).to_have_count(0)
+
+
+@pytest.mark.slow
+def test_escape_stops_an_answer_and_keeps_what_came(serve, page):
+    server = serve()
+    page.goto(server.url)
+    page.locator("#limit").evaluate("(input) => { input.value = 450; }")
+    page.keyboard.type("count")
+    page.keyboard.press("Enter")
+    expect(answers(page)).to_have_text(re.compile(".{20}"))
+    expect(page.locator("#stop")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#send")).to_be_visible()
+    assert 20 <= len(answers(page).inner_text()) < 2000
+    assert page.evaluate("messages.map((message) => message.role)") == ["user", "assistant"]
+    for _ in range(100):
+        if server.engine.num_active == 0:
+            break
+        page.wait_for_timeout(20)
+    assert server.engine.num_active == 0
+
+
+@pytest.mark.slow
+def test_pictures_are_dropped_and_pasted_and_taken_away_again(serve, page):
+    page.goto(serve().url)
+    for event in (
+        'ClipboardEvent("paste", {clipboardData: dataTransfer, bubbles: true, cancelable: true})',
+        'DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true})',
+    ):
+        page.evaluate(PASTE.replace("PNG", repr(PNG)).replace("EVENT", event))
+    expect(page.locator("#waiting img")).to_have_count(2)
+    page.get_by_role("button", name="Remove picture 1").click()
+    expect(page.locator("#waiting img")).to_have_count(1)
+
+
+@pytest.mark.slow
+def test_a_refused_question_goes_back_to_where_it_was_written(serve, page):
+    page.goto(serve(api_keys=["secret"]).url)
+    page.locator("#text").fill("word " * 600)
+    page.locator("#key").fill("wrong")
+    page.locator("#key").press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("a valid API key is needed")
+    page.locator("#key").fill("secret")
+    page.locator("#key").press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("the conversation takes")
+    expect(page.locator("#text")).to_have_value(("word " * 600).strip())
+    expect(page.locator("#key")).to_be_hidden()
+    page.locator("#limit").evaluate("(input) => { input.value = 5; }")
+    page.locator("#text").fill("<b>hi</b>")
+    page.locator("#send").click()
+    expect(answers(page)).to_contain_text("written")
+    expect(page.locator("#log li.user")).to_have_text("<b>hi</b>")
+    expect(page.get_by_role("alert")).to_be_hidden()
