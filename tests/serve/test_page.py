@@ -1,15 +1,20 @@
-"""The page at `/`, in a real Chromium."""
+"""The page at `/`, in a real Chromium. Only the slow tests need Playwright."""
+
+from __future__ import annotations
 
 import re
 import shutil
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
 
 from hovle_core.images import open_image
 from hovle_serve.chat import ChatSession
 from hovle_serve.sampling import Sampling
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, LocatorAssertions, Page
 
 PASTE = """() => {
     const file = new File([Uint8Array.from(atob(PNG), (c) => c.charCodeAt(0))], "a.png", {type: "image/png"});
@@ -29,8 +34,16 @@ def test_the_page_takes_nothing_from_elsewhere_and_nobody_frames_it(serve):
     assert not re.search(r"https?:|[\"'(]//|innerHTML|<link|@import|import\(", response.text)
 
 
+def expect(locator: Locator) -> LocatorAssertions:
+    from playwright.sync_api import expect as assertions
+
+    return assertions(locator)
+
+
 @pytest.fixture
 def page() -> Iterator[Page]:
+    from playwright.sync_api import sync_playwright
+
     errors: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -44,7 +57,7 @@ def page() -> Iterator[Page]:
     assert errors == []
 
 
-def answers(page: Page):
+def answers(page: Page) -> Locator:
     return page.locator("#log li.assistant")
 
 
