@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hovle_serve.chat import ChatSession
-from hovle_serve.prompts import Limits
-from hovle_serve.protocol import RequestError, parse_request
+from hovle_serve.protocol import Limits, RequestError, parse_request
 from hovle_serve.sampling import Sampling
 
 NAME = "tiny/hovle"
@@ -394,12 +393,10 @@ def test_what_is_wrong_with_a_body_is_said_by_the_name_of_the_field(serve):
 
 def test_what_is_wrong_besides_the_body(serve):
     server = serve(limits=LIMITS)
-    for size in (300_001, 1_000_000):  # the second is more than the server reads of it
-        with contextlib.suppress(httpx.WriteError, httpx.ReadError):
-            response = server.post(b" " * size)
-            assert response.status_code == 413
-            assert "larger than 300000 bytes" in response.json()["error"]["message"]
-    assert server.post(b" " * 300_001).status_code == 413
+    for size in (300_001, 20_000_000):
+        response = server.post(b" " * size)
+        assert response.status_code == 413
+        assert "larger than 300000 bytes" in response.json()["error"]["message"]
     response = server.post({"model": "gpt-4"})
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
     assert server.http.get("/v1/nothing").json()["error"]["message"] == "GET /v1/nothing: Not Found"

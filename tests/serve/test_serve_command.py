@@ -120,6 +120,9 @@ def test_names_and_keys(tmp_path):
     assert ServeConfig(model="x", name="y").served_name == "y"
     with pytest.raises(ValueError, match="max_bach"):
         ServeConfig(model="x", max_bach=1)
+    assert ServeConfig.model_validate({"model": "x", "limits": {"max_images": 2}}).limits.max_images == 2
+    with pytest.raises(ValueError, match="max_image"):
+        ServeConfig.model_validate({"model": "x", "limits": {"max_image": 2}})
     (tmp_path / "keys").write_text("a\r\n# b\n  c  \n")
     assert read_api_keys(str(tmp_path / "keys")) == ["a", "c"]
 

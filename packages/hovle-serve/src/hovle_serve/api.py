@@ -20,8 +20,8 @@ from hovle_core.processor import Encoded
 from hovle_serve.completions import ClientLeftError, Completion, answer
 from hovle_serve.engine import Engine, EngineClosedError, QueueFullError
 from hovle_serve.metrics import Metrics
-from hovle_serve.prompts import Limits, PromptEncoder
-from hovle_serve.protocol import ChatRequest, RequestError, parse_request
+from hovle_serve.prompts import PromptEncoder
+from hovle_serve.protocol import ChatRequest, Limits, RequestError, parse_request
 from hovle_serve.sampling import Sampling
 
 DEFAULT_MAX_TOKENS = 512
@@ -206,23 +206,16 @@ class _Service:
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
-    """The body. One that is too large is read to twice the limit and forgotten, so that the client hears why."""
-    too_large = RequestError(413, f"the body is larger than {max_bytes} bytes")
     chunks, size = [], 0
     try:
         async with asyncio.timeout(BODY_SECONDS), aclosing(request.stream()) as stream:
             async for chunk in stream:
                 size += len(chunk)
-                if size <= max_bytes:
-                    chunks.append(chunk)
-                else:
-                    chunks.clear()
-                if size > 2 * max_bytes:
-                    raise too_large
+                if size > max_bytes:  # uvicorn reads the rest and forgets it, so that the client hears why
+                    raise RequestError(413, f"the body is larger than {max_bytes} bytes")
+                chunks.append(chunk)
     except TimeoutError as error:
         raise RequestError(408, f"the body did not arrive within {BODY_SECONDS} seconds") from error
-    if size > max_bytes:
-        raise too_large
     return b"".join(chunks)
 
 

@@ -3,7 +3,6 @@
 import base64
 import binascii
 from collections.abc import Sequence
-from dataclasses import dataclass
 from threading import Lock
 
 from PIL.Image import Image
@@ -11,19 +10,7 @@ from PIL.Image import Image
 from hovle_core.images import ImageError, decode_image, image_size
 from hovle_core.processor import Encoded, HovleProcessor
 from hovle_core.rendering import Message
-from hovle_serve.protocol import ChatRequest, ImagePart, RequestError
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of one request. max_pixels and max_tiles are of all its pictures together."""
-
-    max_body_bytes: int = 32 * 2**20
-    max_messages: int = 256
-    max_characters: int = 400_000
-    max_images: int = 32
-    max_pixels: int = 64_000_000
-    max_tiles: int = 128
+from hovle_serve.protocol import ChatRequest, ImagePart, Limits, RequestError
 
 
 class PromptEncoder:

@@ -46,6 +46,17 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
+class Limits(Strict):
+    """Of one request. max_pixels and max_tiles are of all its pictures together."""
+
+    max_body_bytes: int = 32 * 2**20
+    max_messages: int = 256
+    max_characters: int = 400_000
+    max_images: int = 32
+    max_pixels: int = 64_000_000
+    max_tiles: int = 128
+
+
 class TextPart(Strict):
     type: Literal["text"]
     text: str
