@@ -15,6 +15,7 @@ from hovle_serve.answer import Piece, StopStrings
 from hovle_serve.batch import DecodeBatch
 from hovle_serve.chat import ChatSession
 from hovle_serve.engine import Engine, EngineClosedError, QueueFullError, Request
+from hovle_serve.prefix import PrefixCache
 from hovle_serve.sampling import Sampling
 
 WAIT = 30
@@ -157,6 +158,61 @@ def test_several_answers_to_one_prompt_read_it_once(model, processor, encode):
         until(lambda: all(pieces and pieces[-1].finish_reason for pieces in heard))
     assert tiles == [1]
     assert ["".join(piece.text for piece in pieces) for pieces in heard] == [expected] * 3
+
+
+@pytest.mark.parametrize("layout", ["pre", "post", "image_bidirectional"])
+def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(
+    model, silent_hd, processor, encode, layout
+):
+    model = silent_hd if layout == "post" else model
+    if layout == "image_bidirectional":
+        model.config.embedding_config.mask_type = layout
+    wide, red = (300, 60), (60, 60)
+    prompts = [
+        encode("what is this?", wide),
+        encode("what colour has it?", wide),  # the same picture, another question
+        encode("what is this?", wide, red),  # one more picture
+        encode("what is this?", wide, (60, 200)),  # another one behind the first
+        encode("what is this?", red),
+        encode("what is this?", wide),  # all but the last token
+        encode("what is this? " * 3, wide, red, red),
+    ]
+    # The first picture's tiles but the last one are the same here: the picture as a whole is not.
+    other = encode("what is this?", wide)
+    other.tiles = other.tiles.copy()
+    other.tiles[-1] ^= 255
+    prompts.append(other)
+    expected = [generated(model, processor, prompt, 10) for prompt in prompts]
+    tiles, reused = [], []
+    model.embedding.patch_embed.register_forward_pre_hook(lambda _, args: tiles.append(len(args[0])))
+    with Engine(model, processor) as engine:
+        for prompt, text in zip(prompts, expected, strict=True):
+            before = engine.reused_tokens
+            assert Asked(engine, prompt, Sampling(max_new_tokens=10)).text() == text
+            reused.append(engine.reused_tokens - before)
+    shared = int((prompts[0].input_ids == processor.image_token_id).sum())
+    assert reused[0] == reused[4] == reused[7] == 0
+    assert all(reused[i] > shared for i in (1, 2, 3))
+    assert reused[5] == len(prompts[5].input_ids) - 1
+    assert tiles == [5, 1, 4, 1, 1, 5]
+    with Engine(model, processor, max_prefix_tokens=0) as engine:
+        for prompt, text in zip(prompts[:2], expected[:2], strict=True):
+            assert Asked(engine, prompt, Sampling(max_new_tokens=10)).text() == text
+        assert engine.reused_tokens == 0
+
+
+def test_the_prefixes_kept_are_the_newest_and_within_their_budget(model, processor, encode):
+    prompts = [encode(f"{word} " * 12) for word in ("red", "blue", "circle")]
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    prefixes = PrefixCache(model, processor, max(lengths[0] + lengths[1], lengths[1] + lengths[2]))
+    with torch.inference_mode():
+        for prompt in prompts:
+            prefixes.prefill(prompt)
+        assert prefixes.num_tokens == lengths[1] + lengths[2]
+        prefixes.prefill(prompts[1])
+        assert prefixes.reused_tokens == lengths[1] - 1
+        prefixes.prefill(prompts[0])
+        assert prefixes.reused_tokens == lengths[1] - 1
 
 
 def test_why_an_answer_ends_and_how_many_tokens_it_took(model, processor, encode):

@@ -50,14 +50,17 @@ def block_length(model: HovleForConditionalGeneration, prompt: Encoded) -> int:
 
 
 def prefill(
-    model: HovleForConditionalGeneration, processor: HovleProcessor, prompt: Encoded
-) -> tuple[Prefilled, Tensor]:
-    """Run one prompt by itself, all its tiles in one batch: its cache, and the logits `[1, V]` of the next token."""
+    model: HovleForConditionalGeneration,
+    processor: HovleProcessor,
+    prompt: Encoded,
+    cache: Cache | None = None,
+) -> tuple[Cache, Tensor]:
+    """Run one prompt by itself, all its tiles in one batch, behind what `cache` holds: the cache, and the logits
+    `[1, V]` of the next token."""
     inputs: dict[str, Any] = processor.batch([prompt], model.device)
     del inputs["attention_mask"]  # nothing is padded
-    cache = DynamicCache(config=model.config)
-    logits = model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-    return Prefilled(cache, len(prompt.input_ids), block_length(model, prompt)), logits
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    return cache, model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1]
 
 
 class DecodeBatch:
@@ -134,6 +137,11 @@ def _stacked(layers: Sequence[Any]) -> GrowingLayer:
 
 def _padded(x: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, length - x.shape[2], 0))
+
+
+def copied_layer(layer: Any, length: int) -> GrowingLayer:
+    """The first `length` tokens of a layer, to be appended to without touching it."""
+    return _layer(layer.keys[:, :, :length], layer.values[:, :, :length])
 
 
 def _layer(keys: Tensor, values: Tensor) -> GrowingLayer:

@@ -13,24 +13,18 @@ from threading import Condition, Event, Thread
 
 import torch
 from torch import Tensor
-from transformers import SuppressTokensLogitsProcessor
 
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import Encoded, HovleProcessor
 from hovle_serve.answer import Answer, Piece
-from hovle_serve.batch import DecodeBatch, Prefilled, block_length, check_batchable, prefill
-from hovle_serve.sampling import Sampling
+from hovle_serve.batch import DecodeBatch, Prefilled, block_length, check_batchable
+from hovle_serve.prefix import PrefixCache
+from hovle_serve.sampling import Sampling, end_ids, suppression
 from hovle_serve.stream import max_answer_tokens
 
 THREAD_NAME = "hovle-engine"
 # Prompt tokens run between two steps: whoever is being answered waits no longer than these take, or one prompt.
 PREFILL_TOKENS = 2048
-# What `generate` would do and the engine does not: (field of generation_config, its neutral value).
-_UNSUPPORTED = (
-    ("repetition_penalty", 1.0), ("no_repeat_ngram_size", 0), ("encoder_repetition_penalty", 1.0), ("min_length", 0),
-    ("min_new_tokens", 0), ("bad_words_ids", None), ("sequence_bias", None), ("forced_bos_token_id", None),
-    ("forced_eos_token_id", None), ("begin_suppress_tokens", None), ("exponential_decay_length_penalty", None),
-)  # fmt: skip
 
 
 class QueueFullError(RuntimeError):
@@ -80,6 +74,7 @@ class Engine:
         max_batch: rows that decode together.
         max_cache_tokens: bounds rows times the longest of them, prompt and answer, as the blocks count tokens.
         max_queue: requests that may wait.
+        max_prefix_tokens: on top of these, tokens of the newest prompts, kept for others that begin alike.
 
     Raises ValueError for a model it cannot batch, or whose generation_config asks for what it does not do.
     """
@@ -91,6 +86,7 @@ class Engine:
         max_batch: int = 16,
         max_cache_tokens: int = 65536,
         max_queue: int = 64,
+        max_prefix_tokens: int = 16384,
     ) -> None:
         for name, value in (
             ("max_batch", max_batch),
@@ -104,13 +100,14 @@ class Engine:
         #: For decoding: the processor's own holds state while it encodes, which other threads do meanwhile.
         self.tokenizer = copy.deepcopy(processor.tokenizer)
         self.max_batch, self.max_cache_tokens, self.max_queue = max_batch, max_cache_tokens, max_queue
-        self._suppress = _suppression(model)
-        self._end_ids = _end_ids(model, processor)
+        self._suppress = suppression(model)
+        self._end_ids = end_ids(model, processor)
         self._changed = Condition()
         self._waiting: deque[Request] = deque()
         self._is_closing = False
         self._active: list[_Active] = []  # in the order of the batch's rows
         self._batch = DecodeBatch(model)
+        self._prefixes = PrefixCache(model, processor, max_prefix_tokens)
         self.steps = 0
         self._thread = Thread(target=self._run, name=THREAD_NAME)
         self._thread.start()
@@ -168,6 +165,11 @@ class Engine:
     @property
     def cached_tokens(self) -> int:
         return self._batch.cached_tokens
+
+    @property
+    def reused_tokens(self) -> int:
+        """Tokens of prompts that were not read again, so far."""
+        return self._prefixes.reused_tokens
 
     @property
     def is_running(self) -> bool:
@@ -242,7 +244,7 @@ class Engine:
             try:
                 if prefilled is not prompt:  # several answers to one prompt read it once
                     spent += len(prompt.input_ids)
-                    row, logits = prefill(self.model, self.processor, prompt)
+                    row, logits = self._prefixes.prefill(prompt)
                     prefilled = prompt
                 is_finished = self._take([active], logits)[0]
             except Exception as error:  # whatever it is, it is this request's alone
@@ -296,23 +298,3 @@ class Engine:
 def _deliver(request: Request, item: Piece | Exception) -> None:
     if not request.is_cancelled:
         request.deliver(item)
-
-
-def _end_ids(model: HovleForConditionalGeneration, processor: HovleProcessor) -> frozenset[int]:
-    """The model's end tokens and the tokenizer's."""
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return frozenset(end for end in (*ends, processor.tokenizer.eos_token_id) if end is not None)
-
-
-def _suppression(model: HovleForConditionalGeneration) -> SuppressTokensLogitsProcessor | None:
-    """What generation_config never lets the model say. Raises ValueError for what the engine does not do."""
-    config = model.generation_config
-    for name, neutral in _UNSUPPORTED:
-        if (value := getattr(config, name, None)) not in (None, neutral):
-            raise ValueError(
-                f"generation_config.{name} is {value!r}, which the server does not do; set it to {neutral!r}"
-            )
-    if not config.suppress_tokens:
-        return None
-    return SuppressTokensLogitsProcessor(config.suppress_tokens, device=model.device)

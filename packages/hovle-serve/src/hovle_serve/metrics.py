@@ -36,6 +36,11 @@ class Metrics:
         for name, text, value in (
             ("hovle_active_requests", "Requests that decode", lambda: engine.num_active),
             ("hovle_waiting_requests", "Requests in the queue", lambda: engine.num_waiting),
+            (
+                "hovle_reused_prompt_tokens",
+                "Tokens of prompts not read again, so far",
+                lambda: engine.reused_tokens,
+            ),
             ("hovle_cached_tokens", "Tokens in the cache, padding included", lambda: engine.cached_tokens),
         ):
             Gauge(name, text, registry=self.registry).set_function(value)

@@ -5,10 +5,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from hovle_core.modeling import HovleForConditionalGeneration
+from hovle_core.processor import HovleProcessor
 
 # Below this, logits divided by the temperature overflow and nothing but the best token is ever drawn.
 GREEDY_TEMPERATURE = 1e-5
+# What `generate` would do and the engine does not: (field of generation_config, its neutral value).
+_UNSUPPORTED = (
+    ("repetition_penalty", 1.0), ("no_repeat_ngram_size", 0), ("encoder_repetition_penalty", 1.0), ("min_length", 0),
+    ("min_new_tokens", 0), ("bad_words_ids", None), ("sequence_bias", None), ("forced_bos_token_id", None),
+    ("forced_eos_token_id", None), ("begin_suppress_tokens", None), ("exponential_decay_length_penalty", None),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,3 +80,23 @@ class Draw(LogitsProcessor):
         race = torch.empty(scores.shape).exponential_(generator=self.generator).to(scores.device)
         drawn = (scores.float().softmax(-1) / race).argmax(-1, keepdim=True)
         return torch.full_like(scores, float("-inf")).scatter(-1, drawn, 0.0)
+
+
+def end_ids(model: HovleForConditionalGeneration, processor: HovleProcessor) -> frozenset[int]:
+    """The model's end tokens and the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return frozenset(end for end in (*ends, processor.tokenizer.eos_token_id) if end is not None)
+
+
+def suppression(model: HovleForConditionalGeneration) -> SuppressTokensLogitsProcessor | None:
+    """What generation_config never lets the model say. Raises ValueError for what the engine does not do."""
+    config = model.generation_config
+    for name, neutral in _UNSUPPORTED:
+        if (value := getattr(config, name, None)) not in (None, neutral):
+            raise ValueError(
+                f"generation_config.{name} is {value!r}, which the server does not do; set it to {neutral!r}"
+            )
+    if not config.suppress_tokens:
+        return None
+    return SuppressTokensLogitsProcessor(config.suppress_tokens, device=model.device)

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hovle_serve.protocol import Limits
+
 if TYPE_CHECKING:  # the config is read before torch is imported
     from fastapi import FastAPI
 
@@ -12,7 +14,8 @@ if TYPE_CHECKING:  # the config is read before torch is imported
 class ServeConfig(BaseModel):
     """`model` is a run, a folder of runs, a checkpoint or a hub id; `name` is what clients call it, by default the
     last part of that. `api_key_file` holds a key a line; without it everybody who reaches the port may ask.
-    max_batch, max_cache_tokens and max_queue are the engine's. A bad or unknown field is a ValueError."""
+    max_batch, max_cache_tokens, max_queue and max_prefix_tokens are the engine's, `limits` those of a request. A bad or
+    unknown field is a ValueError."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -22,6 +25,8 @@ class ServeConfig(BaseModel):
     max_batch: int = Field(16, ge=1)
     max_cache_tokens: int = Field(65536, ge=1)
     max_queue: int = Field(64, ge=1)
+    max_prefix_tokens: int = Field(16384, ge=0)
+    limits: Limits = Limits()
 
     @property
     def served_name(self) -> str:
@@ -44,8 +49,15 @@ def build_app(config: ServeConfig) -> "FastAPI":
     from hovle_serve.engine import Engine
 
     model, processor = load(config.model)
-    engine = Engine(model, processor, config.max_batch, config.max_cache_tokens, config.max_queue)
-    return create_app(engine, config.served_name, api_keys)
+    engine = Engine(
+        model,
+        processor,
+        config.max_batch,
+        config.max_cache_tokens,
+        config.max_queue,
+        config.max_prefix_tokens,
+    )
+    return create_app(engine, config.served_name, api_keys, config.limits)
 
 
 def read_api_keys(path: str) -> list[str]:

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from hovle_core.config import HovleConfig
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import Encoded, HovleProcessor
+from hovle_serve.sampling import end_ids
 
 THREAD_NAME = "hovle-answer"
 # What decoders write for bytes that are no character, or not a whole one yet.
@@ -157,8 +158,7 @@ def _generation_config(
 ) -> Any:
     """The model's own, without sampling, ending also at the tokenizer's end token."""
     config, tokenizer = copy.deepcopy(model.generation_config), processor.tokenizer
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    config.eos_token_id = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
+    config.eos_token_id = sorted(end_ids(model, processor))
     if config.pad_token_id is None:
         config.pad_token_id = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.eos_token_id[0]
