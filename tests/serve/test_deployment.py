@@ -1,7 +1,9 @@
 """The app on a real Ray Serve of this machine."""
 
 import json
+import re
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -63,14 +65,16 @@ def test_the_app_answers_on_ray_serve_as_the_model_does(ray_serve, checkpoint, m
         assert http.get("/health").json() == {"status": "ok"}
         assert http.get("/v1/models").json()["data"][0]["id"] == "tiny"
 
-        body = {
-            "model": "tiny",
-            "messages": [{"role": "user", "content": "hi"}],
-            "max_tokens": 450,
-            "stream": True,
-        }
-        with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        def metric(name: str) -> float:
+            return float(re.search(rf"^{name} (\S+)$", http.get("/metrics").text, re.M)[1])
+
+        # Eight long answers, of which four run at a time: whoever hangs up at the first event stops them all.
+        said = metric("hovle_completion_tokens_total")
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 450, "n": 8}
+        with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
             next(response.iter_lines())
-            assert "hovle_active_requests 1.0" in http.get("/metrics").text
-        while "hovle_active_requests 0.0" not in http.get("/metrics").text:
-            pass  # the place of who hung up is free again
+        deadline = time.monotonic() + 60
+        while metric("hovle_active_requests") or metric("hovle_waiting_requests"):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert metric("hovle_completion_tokens_total") - said < 8 * 450
