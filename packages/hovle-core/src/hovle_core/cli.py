@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import platform
 import sys
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("HOVLE_DEBUG", "0") not in ("", "0") or "--debug" in arguments
+    # Where torchao is installed transformers imports it, and torch then warns of two enums of torchao's.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
         code = _run(arguments)
         sys.stdout.flush()
