@@ -34,6 +34,20 @@ def test_recipes_get_the_demos_folders_and_overrides(plugins):
         run.demo_recipe("distillation", Path("x"), None, ["train.steps=7"], plugins)
 
 
+@pytest.mark.parametrize("name", ["a #b", "a: b", "'quoted"])
+def test_any_folder_name_is_kept(name, plugins):
+    recipe = run.demo_recipe("alignment", Path("/x") / name, None, [], plugins)
+    assert recipe.run_dir == f"/x/{name}/alignment"
+    assert all(source.path.startswith(f"/x/{name}/prepared/shards/") for source in recipe.data.sources)
+
+
+def test_a_mistake_in_an_override_is_found_before_any_work(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--set", "instruction_tuning.optim.lrr=1"]) == 2
+    assert "lr" in capsys.readouterr().err
+    assert not (out / "prepared").exists()
+
+
 def test_every_llm_has_valid_recipes(plugins):
     for overrides in run.LLM_OVERRIDES.values():
         for stage in run.STAGES:

@@ -49,6 +49,23 @@ def test_frozen_stays_and_trainable_learns(stage, make_recipe, plugins):
             assert p.grad is None
 
 
+@pytest.mark.parametrize("stage", ["distillation", "alignment"])
+def test_what_is_frozen_leaves_bfloat16_training_bit_for_bit(stage, make_recipe, plugins):
+    recipe = make_recipe(stage, train={"precision": "bfloat16", "steps": 2})
+    before = {
+        name.removeprefix("model."): p.detach().clone()
+        for name, p in prepared(make_recipe(stage), plugins).module.named_parameters()
+        if not p.requires_grad
+    }
+    assert any(not torch.equal(p.bfloat16().float(), p) for p in before.values())
+    Trainer(recipe, plugins, Runtime()).run()
+    after = load_file(recipe.path / "final" / "model.safetensors")
+    kept = [name for name in before if name in after]  # of tied weights one name is stored
+    assert kept
+    for name in kept:
+        assert torch.equal(after[name], before[name]), name
+
+
 def test_what_each_stage_trains(make_recipe, plugins):
     expected = {
         "distillation": lambda name: name.startswith(("model.embedding.", "head.")),

@@ -26,14 +26,16 @@ def peak_rss_gib() -> float:
 
 
 def git_commit() -> str | None:
-    """The commit of the folder that the run was started in, if it is a git checkout."""
+    """The commit of the folder that the run was started in, if it is a git checkout; `-dirty` where files differ."""
+    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
     try:
-        out = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        commit, changes = (
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            for command in commands
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return out.stdout.strip()
+    return f"{commit}-dirty" if changes else commit
 
 
 def summary(trainer: "Trainer") -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """What an optimizer updates: a module's trainable parameters, or float32 masters of a module that computes lower.
 
-A bfloat16 weight cannot take a step of a thousandth of itself; its float32 master can. Everything frozen is simply
-cast, which halves its memory.
+A bfloat16 weight cannot take a step of a thousandth of itself; its float32 master can. Everything frozen is cast, which
+halves its memory; what the cast rounds is kept aside on the CPU, since a frozen weight leaves training as it came.
 """
 
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Weights:
@@ -24,8 +24,11 @@ class Weights:
             self.masters = self._own
             return
         self.masters = {name: nn.Parameter(p.detach().clone()) for name, p in self._own.items()}
-        for parameter in module.parameters():
-            parameter.data = parameter.data.to(dtype)
+        self._rounded: dict[str, Tensor] = {}
+        for name, parameter in module.named_parameters():
+            original, parameter.data = parameter.data, parameter.data.to(dtype)
+            if name not in self._own and not torch.equal(parameter.data.to(original.dtype), original):
+                self._rounded[name] = original.cpu()
 
     def __iter__(self) -> Iterator[nn.Parameter]:
         return iter(self.masters.values())
@@ -54,10 +57,11 @@ class Weights:
 
     @torch.no_grad()
     def restore(self, module: nn.Module) -> None:
-        """Give the module its weights in float32, for export."""
+        """Give the module its weights in float32, for export: the masters, and what is frozen bit for bit."""
         if self.dtype == torch.float32:
             return
-        for parameter in module.parameters():
-            parameter.data = parameter.data.float()
+        for name, parameter in module.named_parameters():
+            exact = self._rounded.get(name)
+            parameter.data = parameter.data.float() if exact is None else exact.to(parameter.device)
         for name, parameter in self._own.items():
             parameter.copy_(self.masters[name])

@@ -213,7 +213,7 @@ def _emoji(result: Evaluation, models: Models, shards: Path, progress: Progress)
         ranks = [metrics.rank_of_first([next(losses) for _ in group]) for group in names]
         hits = sum(rank == 0 for rank in ranks) / len(ranks)
         result.add(key, "Emoji", name, hits, "accuracy", len(ranks), "chance 0.10")
-    shown = samples[: NUM_EXAMPLES // 3]
+    shown = random.Random(0).sample(samples, min(NUM_EXAMPLES // 3, len(samples)))
     prompts = [_ask(models.processor, sample, NAME_QUESTIONS[0]) for sample in shown]
     for sample, answer in zip(shown, metrics.answers(models.model, models.processor, prompts), strict=True):
         question = f"{NAME_QUESTIONS[0]} (an unseen concept)"

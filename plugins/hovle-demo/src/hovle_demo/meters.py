@@ -57,7 +57,7 @@ class Clock:
 class Memory:
     """The most memory that this process and all it started held together (PSS: shared pages count once)."""
 
-    INTERVAL_S = 2.0
+    INTERVAL_S = 10.0  # reading PSS walks the page tables of processes that are computing
 
     def __init__(self) -> None:
         self.peak_gib = 0.0

@@ -48,7 +48,7 @@ def hovle_commands(cli: Any) -> None:
         "demo", help="train all three stages on real data, score the result, write a report"
     )
     parser.add_argument("--llm", choices=LLMS, default="small",
-                        help="small: pre-trained here in a minute; smollm2: SmolLM2-135M, much slower")  # fmt: skip
+                        help="small: pre-trained here in minutes; smollm2: SmolLM2-135M, much slower")  # fmt: skip
     parser.add_argument(
         "--out", default=None, help="folder of the run (default: runs/demo, runs/demo-smollm2)"
     )
