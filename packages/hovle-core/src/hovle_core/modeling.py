@@ -101,7 +101,8 @@ class HovleForConditionalGeneration(PreTrainedModel, HovleGenerationMixin):
     ) -> "HovleForConditionalGeneration":
         """As transformers', for a folder or hub id in our format or the released one.
 
-        Raises ValueError for remote code, pickles, or tensors that do not fit the config; FileNotFoundError, saying
+        Raises ValueError for remote code, tensors that do not fit the config, and a released checkpoint's pickles
+        (OSError, transformers' own, for a folder in our format that holds nothing else); FileNotFoundError, saying
         what to do, where there is no such folder or repository.
         """
         if kwargs.pop("trust_remote_code", False):

@@ -33,11 +33,6 @@ def svg_files() -> dict[str, Path]:
     return {_code(path.stem.split("-")): path for path in OPENMOJI.files()}
 
 
-def flag_code(iso: str) -> str:
-    """ "fr" -> "1F1EB-1F1F7"."""
-    return "-".join(f"{0x1F1E6 + ord(letter) - ord('a'):X}" for letter in iso)
-
-
 def iso_of(code: str) -> str | None:
     """ "1F1EB-1F1F7" -> "fr"; None for what is not a country's flag."""
     if not _COUNTRY_FLAG.fullmatch(code):
