@@ -316,7 +316,9 @@ def test_a_full_queue_takes_all_or_none(model, processor, encode):
         until(lambda: len(heard) == 4)
 
 
-def test_what_fails_fails_its_own_request_or_step_and_the_rest_goes_on(model, processor, encode, monkeypatch):
+def test_what_fails_fails_its_own_request_or_step_and_the_rest_goes_on(
+    model, processor, encode, monkeypatch, caplog
+):
     expected = generated(model, processor, encode("hi"), 6)
     broken = encode("hi", (60, 60))
     broken.tiles = broken.tiles[:0]  # a bug of somebody's
@@ -341,6 +343,9 @@ def test_what_fails_fails_its_own_request_or_step_and_the_rest_goes_on(model, pr
             Asked(engine, encode("hi"), Sampling(max_new_tokens=6)).rest()
         monkeypatch.undo()
         assert Asked(engine, encode("hi"), Sampling(max_new_tokens=6)).text() == expected
+    # Who runs the server learns why, with a traceback each.
+    failures = [record for record in caplog.records if record.name == "hovle_serve.engine"]
+    assert [record.exc_info[0] for record in failures] == [ValueError, ZeroDivisionError, ZeroDivisionError]
 
 
 def test_closing_tells_who_still_waits(model, processor, encode):

@@ -60,7 +60,8 @@ class PixelShuffleProjection(nn.Sequential):
 
 class PatchConv2d(nn.Conv2d):
     """A convolution whose patches do not overlap, `[N, C, H, W] -> [N, D, rows, columns]`, as the matrix product that
-    it is: its backward is several times faster. A module's own forward, so that accelerate and peft find it."""
+    it is: a bfloat16 convolution's backward is slow on CPUs. A module's own forward, so that accelerate and peft find
+    it."""
 
     def forward(self, input: Tensor) -> Tensor:
         patches, rows, columns = to_patches(input, self.kernel_size[0])

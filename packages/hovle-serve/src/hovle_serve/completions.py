@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import math
 import secrets
 import time
@@ -17,6 +18,8 @@ from hovle_serve.answer import Piece, TokenLogprob
 from hovle_serve.engine import Engine, Request
 from hovle_serve.metrics import Metrics
 from hovle_serve.sampling import Sampling
+
+logger = logging.getLogger(__name__)
 
 Events = AsyncGenerator[tuple[int, Piece], None]
 # JSON knows no infinity; a token that is never said has this logprob.
@@ -144,6 +147,7 @@ class Completion:
         except ClientLeftError:
             return
         except Exception as error:
+            logger.warning("a stream ended early: %s: %s", type(error).__name__, error)
             yield _event(failure(error))
             return
         if include_usage:

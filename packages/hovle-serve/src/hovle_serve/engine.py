@@ -6,6 +6,7 @@ so that nobody is ever put out again: the queue is first come, first served, and
 """
 
 import copy
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from hovle_serve.batch import DecodeBatch, Prefilled, block_length, check_batcha
 from hovle_serve.prefix import PrefixCache
 from hovle_serve.sampling import Sampling, end_ids, suppression
 from hovle_serve.stream import max_answer_tokens
+
+logger = logging.getLogger(__name__)
 
 THREAD_NAME = "hovle-engine"
 # Prompt tokens run between two steps: whoever is being answered waits no longer than these take, or one prompt.
@@ -209,9 +212,10 @@ class Engine:
             self._admit()
             if self._active:
                 self._decode()
-        except (
-            Exception
-        ) as error:  # out of memory, say: the cache may be half written, so nobody in it can go on
+        except Exception as error:
+            # Out of memory, say: the cache may be half written, so nobody in it can go on. Clients hear only that it
+            # failed; why is for who runs the server.
+            logger.exception("a step failed, and %d answers with it", len(self._active))
             self._fail_active(error)
 
     def _fail_active(self, error: Exception) -> None:
@@ -248,6 +252,7 @@ class Engine:
                     prefilled = prompt
                 is_finished = self._take([active], logits)[0]
             except Exception as error:  # whatever it is, it is this request's alone
+                logger.exception("a prompt of %d tokens failed", len(prompt.input_ids))
                 _deliver(active.request, error)
                 continue
             if not is_finished:

@@ -48,7 +48,7 @@ class ImageConfig(Section):
     min_tiles: int = Field(1, ge=1)
     max_tiles: int = Field(12, ge=1)
     use_thumbnail: bool = True
-    # Pictures decoded at a reduced scale and resized by PyTorch: half the time, a level or two off the released pixels.
+    # Pictures decoded at a reduced scale and resized by PyTorch: faster, a level or two off the released pixels.
     fast: bool = False
 
 
