@@ -92,7 +92,7 @@ def full(folder: Path, text: str = "plain") -> Page:
         curves={text: [{"step": 1, "loss": 2.0, "image_cosine": 0.5}, {"step": 2, "loss": 1.0}]},
         examples=[
             Example(picture(), text, text, text),
-            Example(picture((300, 20), "JPEG"), text, "no", "yes"),
+            Example(picture((300, 20), "JPEG"), text, "no", "yes", text),
         ],
         facts={text: text},
         notes=[text],
@@ -105,6 +105,7 @@ def test_every_text_is_escaped(tmp_path: Path) -> None:
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     for tag in ("title", "h1", "td", "th", "b", "dt", "dd", "li"):
         assert EVIL in page.text(tag), tag
+    assert f"{EVIL}: 0 of 1 correct" in page.text("h3")
     assert page.all("svg")[0]["aria-label"].startswith(EVIL)
 
 
@@ -151,17 +152,23 @@ def test_examples(tmp_path: Path) -> None:
     assert first["src"] == "data:image/png;base64," + base64.b64encode(png).decode()
     assert second["src"].startswith("data:image/jpeg;")
     assert (first["alt"], second["alt"]) == (
-        "test picture 1, 8 by 6 pixels",
-        "test picture 2, 300 by 20 pixels",
+        "test picture 1, 8 by 6 pixels, of which is asked: which?",
+        "test picture 2, 300 by 20 pixels, of which is asked: what?",
     )
     assert (first.get("class"), second.get("class")) == ("tiny", None)
     assert page.text("dd") == ["which?", "Red", "red", "what?", "1", "2"]
     assert page.text("span") == ["✓", "✗"]
-    assert [text.strip() for text in page.text("p")][1:] == [
-        "1 of these 2 answers are correct.",
-        "correct",
-        "wrong",
+    assert [text.strip() for text in page.text("p")][1:] == ["correct", "wrong"]
+    assert page.text("h3") == ["test pictures: 1 of 2 correct"]
+
+
+def test_examples_are_counted_by_group(tmp_path: Path) -> None:
+    examples = [
+        Example(picture(), "?", answer, "1", group)
+        for group, answer in (("a", "1"), ("a", "2"), ("<b>", "2"))
     ]
+    page = report(tmp_path, examples=examples)
+    assert page.text("h3") == ["a: 1 of 2 correct", "<b>: 0 of 1 correct"]
 
 
 @pytest.mark.parametrize("image", [b"", b"no picture", picture(kind="BMP")])

@@ -75,6 +75,8 @@ def evaluate(
     result = Evaluation()
     finished = {stage: Models.load(runs / stage / "final") for stage in STAGES}
     last = finished["instruction_tuning"]
+    result.numbers["parameters"] = last.model.num_parameters()
+    result.numbers["parameters_embedding"] = sum(p.numel() for p in last.model.embedding.parameters())
     _easy_vqa(result, last, shards, seed, progress)
     _emoji(result, last, shards, progress)
     _flags(result, last, shards, seed)
@@ -164,14 +166,16 @@ def _easy_vqa(result: Evaluation, models: Models, shards: Path, seed: int, progr
                 baseline,
             )
             if picture == "right picture":
-                _show(result, asked, given, seed)
+                _show(result, f"easy-VQA {name}", asked, given, seed)
                 result.numbers[f"{key}_by_answer"] = _by_answer(given, asked)
 
 
-def _show(result: Evaluation, samples: Sequence[Sample], given: Sequence[str], seed: int) -> None:
+def _show(result: Evaluation, group: str, samples: Sequence[Sample], given: Sequence[str], seed: int) -> None:
     for i in random.Random(seed).sample(range(len(samples)), min(NUM_EXAMPLES // 3, len(samples))):
         meta = samples[i].meta
-        result.examples.append(Example(samples[i].images[0], meta["question"], given[i], meta["answer"]))
+        result.examples.append(
+            Example(samples[i].images[0], meta["question"], given[i], meta["answer"], group)
+        )
 
 
 def _by_answer(given: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
@@ -216,8 +220,9 @@ def _emoji(result: Evaluation, models: Models, shards: Path, progress: Progress)
     shown = random.Random(0).sample(samples, min(NUM_EXAMPLES // 3, len(samples)))
     prompts = [_ask(models.processor, sample, NAME_QUESTIONS[0]) for sample in shown]
     for sample, answer in zip(shown, metrics.answers(models.model, models.processor, prompts), strict=True):
-        question = f"{NAME_QUESTIONS[0]} (an unseen concept)"
-        result.examples.append(Example(sample.images[0], question, answer, sample.meta["name"]))
+        result.examples.append(
+            Example(sample.images[0], NAME_QUESTIONS[0], answer, sample.meta["name"], "unseen emoji concepts")
+        )
 
 
 def _flags(result: Evaluation, models: Models, shards: Path, seed: int) -> None:

@@ -50,6 +50,7 @@ class Example:
     question: str
     answer: str
     truth: str
+    group: str = "test pictures"  # neighbours of one group stand under its name, with their own count
 
     @property
     def correct(self) -> bool:
@@ -108,8 +109,6 @@ def _page(
     facts: Mapping[str, str],
     notes: Sequence[str],
 ) -> str:
-    right = sum(example.correct for example in examples)
-    pictures = "\n".join(_example(number, example) for number, example in enumerate(examples, start=1))
     sections = (
         ("Results", _results(rows) if rows else "<p>Nothing was measured.</p>"),
         ("Notes", f"<ul>{_each('li', notes)}</ul>" if notes else ""),
@@ -119,12 +118,7 @@ def _page(
             if curves
             else "",
         ),
-        (
-            "Examples",
-            f'<p>{right} of these {len(examples)} answers are correct.</p><div class="examples">{pictures}</div>'
-            if examples
-            else "",
-        ),
+        ("Examples", _examples(examples)),
         ("How it was made", f"<dl>{_definitions(facts.items())}</dl>" if facts else ""),
     )
     body = "\n".join(
@@ -174,6 +168,18 @@ def _curve(stage: str, records: Sequence[Mapping[str, Any]]) -> str:
     return f"<figure>{chart}<figcaption><b>{escape(stage)}</b><br>{escape(said)}</figcaption></figure>\n"
 
 
+def _examples(examples: Sequence[Example]) -> str:
+    groups = []
+    for name, members in groupby(enumerate(examples, start=1), lambda item: item[1].group):
+        shown = list(members)
+        right = sum(example.correct for _, example in shown)
+        pictures = "\n".join(_example(*item) for item in shown)
+        groups.append(
+            f'<h3>{escape(name)}: {right} of {len(shown)} correct</h3><div class="examples">{pictures}</div>'
+        )
+    return "\n".join(groups)
+
+
 def _example(number: int, example: Example) -> str:
     try:
         with Image.open(io.BytesIO(example.image), formats=BROWSER_FORMATS) as image:
@@ -189,7 +195,7 @@ def _example(number: int, example: Example) -> str:
     name, mark = ("correct", "✓") if example.correct else ("wrong", "✗")
     return (
         f'<figure class="{name}"><img{tiny} src="{source}" width="{width}" height="{height}" '
-        f'alt="test picture {number}, {width} by {height} pixels">'
+        f'alt="test picture {number}, {width} by {height} pixels, of which is asked: {escape(example.question)}">'
         f"<figcaption><dl>{_definitions(said.items())}</dl>"
         f'<p class="verdict"><span aria-hidden="true">{mark}</span> {name}</p></figcaption></figure>'
     )
@@ -215,6 +221,7 @@ body { margin: 0 auto; padding: 1rem; max-width: 62rem; background: var(--page);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0 0; }
 h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; }
 figure, dl, dd { margin: 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
@@ -256,5 +263,5 @@ li { margin: .3rem 0; }
   th[scope=row] { padding-left: 0; }
 }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } figure, tr { break-inside: avoid; }
-  h2, h2 + p { break-after: avoid; } .examples { grid-template-columns: repeat(5, 1fr); } }
+  h2, h3 { break-after: avoid; } .examples { grid-template-columns: repeat(5, 1fr); } }
 """

@@ -194,6 +194,12 @@ def _write(
     }
     shown = {
         "LLM": args.llm,
+        "Parameters": f"{result.numbers['parameters'] / 1e6:.1f} million, "
+        f"{result.numbers['parameters_embedding'] / 1e6:.1f} of them the holistic embedding's",
+        "Training": ", ".join(
+            f"{stage.replace('_', ' ')} {cost['steps']:,} steps, {cost['tokens']:,} tokens"
+            for stage, cost in facts["stages"].items()
+        ),
         "Wall time": f"{facts['wall_s']:.0f} s: "
         + ", ".join(f"{name.replace('_', ' ')} {s:.0f}" for name, s in facts["phases_s"].items()),
         "Peak memory": f"{facts['peak_rss_gib']} GiB, all processes",
