@@ -108,3 +108,18 @@ def test_what_does_not_fit_is_named(make):
     with pytest.raises(ValueError, match="k7: input_ids is empty"):
         pack([make(7, 0)], 8, 1)
     assert pack([], 8, 1) == []
+
+
+@pytest.mark.parametrize("length", [15, 16, 17])
+def test_a_padded_row_holds_the_same_samples(make, length):
+    (batch,) = pack([make(0, 7), make(1, length - 7)], max_tokens=64, max_tiles=1)
+    padded = batch.padded(8, token_id=5)
+    missing = padded.input_ids.shape[1] - length
+    assert padded.input_ids.shape[1] % 8 == 0
+    assert 0 <= missing < 8
+    assert padded.num_tokens == batch.num_tokens == length
+    assert padded.input_ids[0, length:].tolist() == [5] * missing
+    assert padded.position_ids[0, length:].tolist() == list(range(missing))  # a sample of its own
+    assert padded.labels[0, length:].tolist() == [-100] * missing
+    for name in ("input_ids", "position_ids", "labels"):
+        assert torch.equal(getattr(padded, name)[:, :length], getattr(batch, name))

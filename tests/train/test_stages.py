@@ -268,6 +268,19 @@ def test_micro_batches_do_not_change_the_step(make_recipe, plugins, tmp_path):
         assert results[0][1][name] == pytest.approx(results[1][1][name], rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", ["distillation", "alignment", "instruction_tuning"])
+def test_padding_a_row_does_not_change_the_step(stage, make_recipe, plugins):
+    """`pad_to_multiple_of` adds tokens that nothing sees and nobody counts."""
+    results = []
+    for multiple in (1, 1000):
+        trainer = prepared(make_recipe(stage, train={"pad_to_multiple_of": multiple}), plugins)
+        batches = [trainer.place(batch) for batch in trainer.loader(Ledger()).batches(0)]
+        results.append((batches[0].input_ids.shape[1], trainer.step(0, batches)))
+    (short, plain), (long, padded) = results
+    assert short < long == 1000
+    assert padded == pytest.approx(plain, rel=1e-5)
+
+
 def test_distilled_text_is_as_long_as_the_llms_own(make_recipe, plugins, tmp_path):
     """Cosines leave lengths free; the export brings them to the LLM's, and the head still says the same."""
     from hovle_train.evaluate import load_head

@@ -19,6 +19,7 @@ PLAIN_HEADS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 # Above this many bytes of float32 logits torch's chunked loss takes over: it saves memory and costs a little time.
 LARGEST_LOGITS = 2**30
 CHUNK_LOGITS = 2**28
+ROWS_ON_CPU = 64
 
 
 def next_token_loss(model: PreTrainedModel, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
@@ -53,6 +54,11 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if device == "cpu" and dtype == torch.bfloat16:
+        # oneDNN makes a kernel for each new number of rows: a few numbers are enough.
+        missing = -targets.shape[0] % ROWS_ON_CPU
+        hidden = F.pad(hidden, (0, 0, 0, missing))
+        targets = F.pad(targets, (0, missing), value=IGNORE_INDEX)
     large = targets.shape[0] * getattr(head, "out_features", 0) * 4 > LARGEST_LOGITS
     served = hasattr(nn, "LinearCrossEntropyOptions") and (device != "cpu" or dtype == torch.float32)
     if not (large and served and type(head) is nn.Linear):

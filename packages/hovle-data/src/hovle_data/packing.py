@@ -31,6 +31,7 @@ class PackedBatch:
     tile_keys: "<sample key>#<tile>" of each of the N tiles: names of tiles that mean the same picture every
         time.
     num_target_tokens: labels that count.
+    num_padding: tokens at the row's end that belong to no sample (`padded`); T counts them, `num_tokens` does not.
     """
 
     input_ids: Tensor
@@ -41,14 +42,33 @@ class PackedBatch:
     keys: list[str]
     tile_keys: list[str]
     num_target_tokens: int
+    num_padding: int = 0
 
     @property
     def num_tokens(self) -> int:
-        return self.input_ids.shape[1]
+        """Tokens of samples."""
+        return self.input_ids.shape[1] - self.num_padding
 
     @property
     def num_tiles(self) -> int:
         return len(self.tile_keys)
+
+    def padded(self, multiple: int, token_id: int) -> PackedBatch:
+        """The same samples in a row whose T is a multiple: behind them one more that nothing is asked of.
+
+        `token_id` must be no image placeholder. Its positions start at 0, so that no sample sees it.
+        """
+        missing = -self.input_ids.shape[1] % multiple
+        if not missing:
+            return self
+        padding = torch.arange(missing)[None]
+        return replace(
+            self,
+            input_ids=torch.cat([self.input_ids, torch.full_like(padding, token_id)], dim=1),
+            position_ids=torch.cat([self.position_ids, padding], dim=1),
+            labels=torch.cat([self.labels, torch.full_like(padding, IGNORE_INDEX)], dim=1),
+            num_padding=self.num_padding + missing,
+        )
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on `device`."""

@@ -161,6 +161,9 @@ class TrainConfig(Section):
     # Budgets of one packed row; a worker's samples are packed into as few rows as fit.
     micro_batch_tokens: int = Field(4096, gt=0)
     micro_batch_tiles: int = Field(256, gt=0)
+    # Rows are padded to a multiple of so many tokens: bfloat16 on a CPU makes a kernel for every length it meets, and
+    # "auto" is 128 there and 1 elsewhere.
+    pad_to_multiple_of: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     # A run whose rows are emptier than this share of micro_batch_tokens stops and says why.
     min_fill: float = Field(0.5, ge=0, le=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

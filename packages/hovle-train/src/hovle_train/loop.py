@@ -34,6 +34,10 @@ from hovle_train.weights import Weights
 
 logger = logging.getLogger(__name__)
 
+# oneDNN, behind bfloat16 matmuls on a CPU, makes a kernel for each new shape, which takes longer than a small matmul
+# itself. Rows of few different lengths find theirs made (benchmarks/cpu_steps.py).
+LENGTHS_ON_CPU = 128
+
 
 class NonFiniteError(FloatingPointError, ValueError):
     """A loss or gradient that is not finite; the weights are those before the step."""
@@ -90,7 +94,7 @@ class Trainer:
         window = Window()
         with loader.iterate(first, self.recipe.train.steps, self.data_state) as batches:
             for step, micro_batches, data_wait_s in batches:
-                logged = self.step(step, [batch.to(self.runtime.device) for batch in micro_batches])
+                logged = self.step(step, [self.place(batch) for batch in micro_batches])
                 self.tokens += sum(batch.num_tokens for batch in micro_batches)
                 window.add(
                     data_wait_s=data_wait_s, tokens=sum(batch.num_tokens for batch in micro_batches), steps=1
@@ -113,6 +117,10 @@ class Trainer:
         torch.manual_seed(self.recipe.seed)
         self.module, self.processor = self.stage.build()
         self.stage.processor = self.processor
+        tokenizer = self.processor.tokenizer
+        self.padding_id = next(
+            i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None
+        )
         self.module.to(self.runtime.device)
         freeze_except(self.module, self.stage.trainable(self.module))
         self.weights = Weights(self.module, self.dtype)
@@ -158,6 +166,15 @@ class Trainer:
             return RowLoader(global_batch_rows=train.global_batch_rows, **common)
         assert train.global_batch_size is not None  # the recipe has one of the two
         return StepLoader(global_batch_size=train.global_batch_size, **common)
+
+    def place(self, batch: PackedBatch) -> PackedBatch:
+        """The batch on this worker's device, in one of few lengths (`train.pad_to_multiple_of`)."""
+        multiple = self.recipe.train.pad_to_multiple_of
+        if multiple == "auto":
+            multiple = (
+                LENGTHS_ON_CPU if self.runtime.device.type == "cpu" and self.dtype == torch.bfloat16 else 1
+            )
+        return batch.padded(multiple, self.padding_id).to(self.runtime.device)
 
     def step(self, step: int, micro_batches: Sequence[PackedBatch]) -> dict[str, float]:
         """One optimizer step over this rank's share of the global batch; returns what to log, reduced over ranks."""

@@ -43,6 +43,11 @@ RAY_ENVIRONMENT = {
 }
 
 
+# Iterations that an idle OpenMP thread waits awake, about 5 ms: longer than the gaps between a step's operations, whose
+# wake-ups cost more than many an operation itself, and short beside what another process would have to wait.
+SPINS = "100000"
+
+
 def run_local(recipe: Recipe) -> None:
     """Run a recipe in this process, without Ray, on one worker. Raises ValueError for a recipe of several."""
     if recipe.resources.num_workers > 1:
@@ -88,6 +93,7 @@ def run_on_ray(recipe: Recipe) -> None:
             storage_path=str(recipe.path.resolve() / "ray"),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=resources.max_failures),
+            worker_runtime_env={"env_vars": _waiting(resources.num_workers)},
         ),
     )
     try:
@@ -96,6 +102,13 @@ def run_on_ray(recipe: Recipe) -> None:
         error = _read_error(recipe.path, attempt)
         if error is not None:
             raise RecipeError(error)
+
+
+def _waiting(num_workers: int) -> dict[str, str]:
+    """How a worker's idle OpenMP threads wait: a worker alone awake, several asleep, or they starve each other."""
+    if num_workers == 1:
+        return {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", SPINS)}
+    return {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def start_ray() -> None:

@@ -164,7 +164,7 @@ class Distillation(Stage):
 
     def targets(self, module: DistillationModule, batch: PackedBatch) -> dict[str, int]:
         images = int((batch.input_ids == module.model.config.image_token_id).sum())
-        return {"image_cosine": images, "text_cosine": batch.input_ids.shape[1] - images}
+        return {"image_cosine": images, "text_cosine": batch.num_tokens - images}
 
     def loss(
         self, module: DistillationModule, batch: PackedBatch, totals: dict[str, float]
@@ -172,9 +172,11 @@ class Distillation(Stage):
         model = module.model
         embedded = model.embed(**model_inputs(batch, self.processor))[0]  # [T, D]
         is_image = batch.input_ids[0] == model.config.image_token_id
+        is_text = ~is_image
+        is_text[batch.num_tokens :] = False
         with torch.no_grad():
-            text_target = model.language_model.get_input_embeddings()(batch.input_ids[0][~is_image])
-        text = cosine_loss(embedded[~is_image], text_target)
+            text_target = model.language_model.get_input_embeddings()(batch.input_ids[0][is_text])
+        text = cosine_loss(embedded[is_text], text_target)
         loss = self.options.text_weight * text / totals["text_cosine"]
         logged = {"text_cosine": -text.detach()}
         if batch.pixel_values is not None:
