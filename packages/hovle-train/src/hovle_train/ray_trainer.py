@@ -93,7 +93,8 @@ def run_on_ray(recipe: Recipe) -> None:
             storage_path=str(recipe.path.resolve() / "ray"),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=resources.max_failures),
-            worker_runtime_env={"env_vars": _waiting(resources.num_workers)},
+            # Ray shows type checkers the class of its older Train.
+            worker_runtime_env={"env_vars": _waiting(resources.num_workers)},  # type: ignore[call-arg]
         ),
     )
     try:
