@@ -277,7 +277,8 @@ def test_a_cache_that_cannot_go_on_says_why(model, processor, prompts):
         model.generate(**as_embeds(model, second), past_key_values=cached, **GREEDY)
     if model.config.embedding_config.pixel_shuffle_loc == "post":
         with torch.no_grad():
-            both = StaticCache(config=model.config, max_cache_len=2 * length)
+            room = length + second["input_ids"].shape[1]  # enough for the LLM
+            both = StaticCache(config=model.config, max_cache_len=room)
             model(**first, past_key_values=both)
             with pytest.raises(ValueError, match="tokens in the embedding blocks, and HoVLE-HD needs"):
                 model(**second, past_key_values=both)
