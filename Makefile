@@ -14,7 +14,7 @@ OLDEST := .venv-oldest
 
 # One line a member; extras are those that the tests and the demo need.
 MEMBERS := \
-	packages/hovle-core[gguf,peft,quantization,sentencepiece] \
+	packages/hovle-core[fast-images,gguf,peft,quantization,sentencepiece] \
 	packages/hovle-data[s3,parquet,datasets] \
 	packages/hovle-train \
 	packages/hovle-serve \

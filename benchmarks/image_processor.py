@@ -4,15 +4,18 @@ Three photo-like JPEGs, made here: smooth noise of four scales, the finest at on
 torchvision code of the InternVL model cards, written from the published algorithm (resize, crop, resize each crop
 again, ToTensor, Normalize), whose pixels are the released ones; and transformers' GotOcr2ImageProcessor, the same
 tiling on torchvision's own resize. "After decoding" starts from an RGB picture in memory, the rest from the bytes of
-the file. Ours leaves tiles uint8: the model normalises them on its device. Every ratio is a peer's median time over
+the file. Ours leaves tiles uint8: the model normalises them on its device; its exact mode is measured with numba (extra
+`fast-images`) and without. Every ratio is a peer's median time over
 ours, by turns in one process; where no size is named it is the worst of the three.
 """
 
 import io
 import json
+import math
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,6 +25,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode
 from transformers import GotOcr2ImageProcessor
 
+from hovle_core import resize
 from hovle_core.config import IMAGENET_MEAN, IMAGENET_STD
 from hovle_core.image_processor import HovleImageProcessor
 
@@ -85,6 +89,11 @@ def model_card(image: Image.Image) -> Tensor:
     return torch.stack([TRANSFORM(crop) for crop in crops])
 
 
+def without_numba(processor: HovleImageProcessor, image: Image.Image) -> Any:
+    with patch.object(resize, "SMALLEST_COMPILED", math.inf):
+        return processor(image)
+
+
 def by_turns(jobs: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """Median milliseconds of each job."""
     milliseconds: dict[str, list[float]] = {name: [] for name in jobs}
@@ -126,6 +135,7 @@ def main() -> None:
         after[size] = by_turns(
             {
                 "exact": lambda image=image: exact(image),
+                "exact without numba": lambda image=image: without_numba(exact, image),
                 "fast": lambda image=image: fast(image),
                 "model card": lambda image=image: model_card(image),
                 "GotOcr2": lambda image=image: got_ocr2(image, return_tensors="pt"),
@@ -150,6 +160,7 @@ def main() -> None:
     result = {
         "benchmark": "image_processor",
         "ratio_after_decode": worst("exact", "model card"),
+        "ratio_after_decode_without_numba": worst("exact without numba", "model card"),
         "ratio_after_decode_got_ocr2": worst("exact", "GotOcr2"),
         "ratio_after_decode_fast": worst("fast", "model card"),
         "ratio_after_decode_fast_got_ocr2": worst("fast", "GotOcr2"),

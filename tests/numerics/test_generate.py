@@ -226,11 +226,11 @@ def test_a_padded_batch_goes_on_from_a_returned_cache(model, batch, expected):
     assert out[:, 3 - NEW :].tolist() == expected[0][:, 3:].tolist()
 
 
-@pytest.mark.parametrize("only_new", [False, True])
+@pytest.mark.parametrize("given", ["ids", "new ids", "embeds", "new embeds"])
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("pictures", [True, False])
-def test_another_turn_of_a_chat(model, processor, prompts, static, only_new, pictures):
-    """On the cache of the turn before, the whole `input_ids` given or only those that are not cached yet."""
+def test_another_turn_of_a_chat(model, processor, prompts, static, given, pictures):
+    """On the cache of the turn before, the whole prompt given or only what is not cached yet."""
     first, second = processor.batch(prompts[:1]), processor.batch([prompts[1 if pictures else 2]])
     options = GREEDY | {"max_new_tokens": 3, "disable_compile": True, "return_dict_in_generate": True}
     if static:
@@ -241,8 +241,10 @@ def test_another_turn_of_a_chat(model, processor, prompts, static, only_new, pic
     rest = GREEDY | {"attention_mask": torch.ones_like(ids), "disable_compile": True}
     expected = model.generate(ids, **rest, pixel_values=torch.cat(turns), use_cache=False)[:, -NEW:]
     cached = start.sequences.shape[1] - 1  # the last token was returned and not yet read
+    prompt = ids[:, cached:] if "new" in given else ids
+    name = "inputs_embeds" if "embeds" in given else "input_ids"
     out = model.generate(
-        ids[:, cached:] if only_new else ids,
+        **{name: model.get_input_embeddings()(prompt) if name == "inputs_embeds" else prompt},
         **rest,
         pixel_values=second.get("pixel_values"),
         past_key_values=start.past_key_values,
@@ -250,20 +252,36 @@ def test_another_turn_of_a_chat(model, processor, prompts, static, only_new, pic
     assert out[:, -NEW:].tolist() == expected.tolist()
 
 
-def test_a_static_cache_is_reset_or_says_that_it_is_full(processor, prompts, batch):
-    model = sharp(tiny_hovle(processor.tokenizer, pixel_shuffle_loc="post"))
-    expected = model.generate(**batch, **GREEDY, use_cache=False)
-    cache = StaticCache(config=model.config, max_cache_len=expected.shape[1])
-    options = GREEDY | {"past_key_values": cache, "disable_compile": True}
-    for _ in range(2):
-        assert torch.equal(model.generate(**batch, **options), expected)
-        cache.reset()
-    with torch.no_grad():
-        model(**batch, past_key_values=cache)
-        with pytest.raises(
-            ValueError, match="static cache of .* tokens in the embedding blocks, and HoVLE-HD needs"
-        ):
-            model(**processor.batch(prompts[1:2] * 3), past_key_values=cache)
+def test_a_static_cache_that_was_reset_takes_any_prompt(processor, prompts):
+    """HoVLE-HD's blocks need more room for two pictures than for none."""
+    for location in ("pre", "post"):
+        model = sharp(tiny_hovle(processor.tokenizer, pixel_shuffle_loc=location))
+        inputs = [processor.batch([prompts[i]]) for i in (2, 1, 0, 1)]
+        cache = StaticCache(config=model.config, max_cache_len=inputs[2]["input_ids"].shape[1] + NEW - 1)
+        for one in inputs:
+            out = model.generate(**one, **GREEDY, past_key_values=cache, disable_compile=True)
+            assert torch.equal(out, model.generate(**one, **GREEDY, use_cache=False))
+            cache.reset()
+
+
+def test_a_cache_that_cannot_go_on_says_why(model, processor, prompts):
+    first, second = (processor.batch([prompts[i]]) for i in (0, 1))
+    length = first["input_ids"].shape[1]
+    short = StaticCache(config=model.config, max_cache_len=length + 2)
+    with pytest.raises(ValueError, match=f"static cache of {length + 2} tokens in the LLM, and this needs"):
+        model.generate(**first, **GREEDY, past_key_values=short, disable_compile=True)
+    with pytest.raises(ValueError, match=r"none is new: .*reset\(\)"):
+        model.generate(**first, **GREEDY, past_key_values=short, disable_compile=True)
+    cached = model(**first, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="none is new"):
+        model.generate(**as_embeds(model, second), past_key_values=cached, **GREEDY)
+    if model.config.embedding_config.pixel_shuffle_loc == "post":
+        with torch.no_grad():
+            room = length + second["input_ids"].shape[1]  # enough for the LLM
+            both = StaticCache(config=model.config, max_cache_len=room)
+            model(**first, past_key_values=both)
+            with pytest.raises(ValueError, match="tokens in the embedding blocks, and HoVLE-HD needs"):
+                model(**second, past_key_values=both)
 
 
 def test_forward_needs_one_kind_of_input(model, batch):

@@ -1,4 +1,5 @@
-"""A key-value cache that appends in place: a step of `generate` costs its own token, not a copy of all before it.
+"""Key-value caches: one that appends in place, so that a step of `generate` costs its own token and not a copy of all
+before it, and the room in static ones.
 
 Shapes: B batch, K key-value heads, T cached tokens, C tokens there is room for, d head size.
 """
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, StaticLayer
 from transformers.cache_utils import DynamicLayer
 
 # Room is made for this share of the tokens cached so far, so that n steps copy O(n) tokens in all.
@@ -82,3 +83,46 @@ def grow_in_place(cache: Cache) -> None:
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[i] = GrowingLayer()
+
+
+def check_room(cache: Cache, tokens: int, where: str) -> None:
+    """Raise ValueError unless every static layer holds `tokens`, cached and new: torch would name an index."""
+    room = min((layer.max_cache_len for layer in _static_layers(cache)), default=tokens)
+    if tokens > room:
+        raise ValueError(
+            f"past_key_values is a static cache of {room} tokens in {where}, and this needs {tokens}: make one with a "
+            "larger max_cache_len, or use a DynamicCache"
+        )
+
+
+def make_room(blocks: Cache, llm: Cache, tokens: int, more: int) -> None:
+    """Size a static cache for HoVLE-HD's blocks, which hold `more` tokens than the LLM of a prompt of `tokens`.
+
+    `max_cache_len` counts the LLM's tokens. An empty cache (new or reset) takes the room that this prompt and the text
+    after it need. Raises ValueError where it is too small for the LLM, or where cached tokens bar it from growing.
+    """
+    if not (layers := _static_layers(blocks)):
+        return
+    seen = int(llm.get_seq_length()) + tokens
+    check_room(llm, seen, "the LLM")
+    longest = max((layer.max_cache_len for layer in _static_layers(llm)), default=0)
+    for layer in layers:
+        past = int(layer.get_seq_length())
+        needed = past + tokens + more
+        if not past:
+            # An LLM of sliding windows alone does not say how long it may get; a layer that was never used does.
+            text = longest or (seen if layer.is_initialized else layer.max_cache_len)
+            needed += max(0, text - seen)
+        if needed <= layer.max_cache_len:
+            continue
+        if past:
+            raise ValueError(
+                f"past_key_values is a static cache of {layer.max_cache_len} tokens in the embedding blocks, and "
+                f"HoVLE-HD needs {needed} with these pictures; use a DynamicCache to add pictures turn by turn"
+            )
+        layer.max_cache_len, layer.is_initialized = needed, False
+
+
+def _static_layers(cache: Cache) -> list[StaticLayer]:
+    """Those that end somewhere: sliding windows wrap around."""
+    return [layer for layer in cache.layers if isinstance(layer, StaticLayer) and not layer.is_sliding]

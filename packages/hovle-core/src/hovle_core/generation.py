@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import Cache, GenerationMixin
 from transformers.masking_utils import create_causal_mask
 
+from hovle_core.cache import check_room
 from hovle_core.config import HovleConfig
 from hovle_core.fusion import Expansion, after_cache, expand_placeholders, text_step
 from hovle_core.holistic_embedding import HolisticEmbedding
@@ -30,6 +31,35 @@ def split_cache(cache: Cache, num_llm_layers: int) -> tuple[Cache, Cache]:
     return Cache(layers=cache.layers[num_llm_layers:]), Cache(layers=cache.layers[:num_llm_layers])
 
 
+def _only_new(
+    input_ids: Tensor,
+    inputs_embeds: Tensor | None,
+    cache: Cache,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> dict[str, int | None]:
+    """The `next_sequence_length` of a prompt behind a cache: None to take as new all that is given.
+
+    transformers takes `inputs_embeds` for the whole prompt; here those that are shorter than mask or positions are the
+    new ones, as it has it for `input_ids`. Raises ValueError if nothing is new.
+    """
+    new = kwargs.get("next_sequence_length")
+    if new is None:
+        return {}
+    prompt = input_ids if inputs_embeds is None else inputs_embeds
+    # generate drops a mask that hides nothing, and has counted the positions before
+    whole = kwargs.get("position_ids") if attention_mask is None else attention_mask
+    if whole is not None and prompt.shape[1] < whole.shape[-1]:
+        return {"next_sequence_length": None}
+    if new < 1:
+        raise ValueError(
+            f"past_key_values hold {int(cache.get_seq_length())} tokens and the prompt {prompt.shape[1]}, so none is "
+            "new: give the whole prompt, or the new tokens with the attention_mask [B, past + new] of all, or empty "
+            "the cache first (past_key_values.reset())"
+        )
+    return {}
+
+
 class HovleGenerationMixin(GenerationMixin):
     """`generate` for HovleForConditionalGeneration, which brings `config` and `embedding`."""
 
@@ -45,6 +75,11 @@ class HovleGenerationMixin(GenerationMixin):
             return tokens == self.config.image_token_id
         placeholder = self.embedding.embed_tokens.weight[self.config.image_token_id]
         return (tokens == placeholder).all(-1)
+
+    def _wider_by(self, tokens: Tensor) -> int:
+        """How many more tokens the blocks see than the LLM, at most, in a row of `tokens`, which hold pictures."""
+        repeats = self.config.embedding_config.block_tokens_per_placeholder
+        return 0 if repeats == 1 else (repeats - 1) * int(self._is_image(tokens).sum(1).max())
 
     @staticmethod
     def _positions(
@@ -72,7 +107,14 @@ class HovleGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Pictures enter with the prompt only. The blocks get their own view of the batch where the LLM's does not
-        do: behind a HoVLE-HD cache, and behind a static one, for which the LLM's mask is made before its forward."""
+        do: behind a HoVLE-HD cache, and behind a static one, for which the LLM's mask is made before its forward.
+
+        Behind a cache `inputs_embeds` are the whole prompt's, as transformers has it, or only the new ones if
+        attention_mask is that of all. Raises ValueError for a prompt without new tokens, and where a static cache
+        is full.
+        """
+        if is_first_iteration and past_key_values is not None:
+            kwargs |= _only_new(input_ids, inputs_embeds, past_key_values, attention_mask, kwargs)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,
@@ -94,6 +136,8 @@ class HovleGenerationMixin(GenerationMixin):
                 is_image = self._is_image(input_ids)
             else:  # input_ids are what was generated since, and that is text
                 is_image = F.pad(self._is_image(inputs_embeds), (0, input_ids.shape[1]))
+            if past_key_values.is_compileable:
+                check_room(self._split_cache(past_key_values)[1], attention_mask.shape[1], "the LLM")
             # A static cache that was reset is initialized and empty.
             behind = not prefill or int(past_key_values.get_seq_length()) > 0
             pictures = inputs.get("pixel_values") is not None
@@ -124,6 +168,7 @@ class HovleGenerationMixin(GenerationMixin):
             view = text_step(is_image, repeats, attention_mask, new)
         if pictures or not (behind and cache.is_compileable):
             return view
+        check_room(blocks_cache, view.attention_mask.shape[1], "the embedding blocks")
         mask = create_causal_mask(
             config=self.config.embedding_config,
             inputs_embeds=self.embedding.embed_tokens.weight.new_empty(is_image.shape[0], new, 0),

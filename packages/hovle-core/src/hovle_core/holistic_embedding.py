@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel, StaticLayer
+from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -200,8 +200,6 @@ class HolisticEmbedding(PreTrainedModel):
         if images is not None:
             wide = place_image_tokens(wide, wide_is_image, images.flatten(0, 1))
         padded = not bool(expansion.attention_mask.all())
-        if past_key_values is not None:
-            make_room(past_key_values, past, x.shape[1], wide.shape[1])
         wide = self.blocks(
             wide,
             expansion.attention_mask if padded else None,
@@ -217,18 +215,3 @@ class HolisticEmbedding(PreTrainedModel):
             return out
         tiles = wide[wide_is_image].view(images.shape[0], -1, wide.shape[-1])
         return place_image_tokens(out, is_image, self.pixel_shuffle_proj(tiles).flatten(0, 1))
-
-
-def make_room(cache: Cache, past: int, tokens: int, block_tokens: int) -> None:
-    """A static cache is sized for the LLM's `tokens`; HoVLE-HD's blocks hold `block_tokens`, and are not allocated yet.
-
-    Raises ValueError where they are, and too small.
-    """
-    for layer in cache.layers:
-        if isinstance(layer, StaticLayer) and not layer.is_initialized:
-            layer.max_cache_len += block_tokens - tokens
-        elif isinstance(layer, StaticLayer) and past + block_tokens > layer.max_cache_len:
-            raise ValueError(
-                f"past_key_values is a static cache of {layer.max_cache_len} tokens in the embedding blocks, and "
-                f"HoVLE-HD needs {past + block_tokens}; use a DynamicCache to add pictures turn by turn"
-            )

@@ -11,15 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoImageProcessor, BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from hovle_core.config import IMAGENET_MEAN, IMAGENET_STD, HovleConfig
 from hovle_core.images import decode_image, image_size
 from hovle_core.patch_embed import normalize_pixels
-
-BAND = 16  # rows converted at a time
+from hovle_core.resize import resize_close, resize_exact
 
 
 @lru_cache(maxsize=64)
@@ -110,7 +108,7 @@ class HovleImageProcessor(BaseImageProcessor):
         size, count = self.tile_size, columns * rows
         has_thumbnail = self.use_thumbnail and count > 1
         sizes = [(columns * size, rows * size)] + [(size, size)] * has_thumbnail
-        whole, *thumbnail = (_resize_close if self.fast else _resize_exact)(image, sizes)
+        whole, *thumbnail = (resize_close if self.fast else resize_exact)(image, sizes)
         tiles = np.empty((count + has_thumbnail, size, size, 3), np.uint8)
         cut = whole.reshape(rows, size, columns, size, 3).swapaxes(1, 2)
         tiles[:count].reshape(cut.shape)[:] = cut
@@ -157,32 +155,6 @@ class HovleImageProcessor(BaseImageProcessor):
                 "num_tiles": torch.tensor([len(tiles) for tiles in cut]),
             }
         )
-
-
-def _resize_exact(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """Pillow's bicubic, which the released models were trained with: RGB -> uint8 `[height, width, 3]` a size."""
-    return [_pixels(image.resize(size, Image.Resampling.BICUBIC)) for size in sizes]
-
-
-def _resize_close(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """PyTorch's bicubic, Pillow's filter with coefficients of 16 bits: several times faster, a level or two off."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[
-        None
-    ]  # channels last, which has the SIMD kernel
-    resized = [
-        F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True) for width, height in sizes
-    ]
-    return [x[0].permute(1, 2, 0).numpy() for x in resized]
-
-
-def _pixels(image: Image.Image) -> np.ndarray:
-    """RGB -> uint8 `[height, width, 3]`; in bands that stay in the cache, for `np.array` writes the whole thrice."""
-    width, height = image.size
-    pixels = np.empty((height, width, 3), np.uint8)
-    for top in range(0, height, BAND):
-        bottom = min(top + BAND, height)
-        pixels[top:bottom] = np.asarray(image.crop((0, top, width, bottom)))
-    return pixels
 
 
 AutoImageProcessor.register(

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from hovle_core import attention
-from hovle_core.cache import grow_in_place
+from hovle_core.cache import grow_in_place, make_room
 from hovle_core.config import HolisticEmbeddingConfig, HovleConfig
 from hovle_core.fusion import Expansion
 from hovle_core.generation import HovleGenerationMixin
@@ -216,6 +216,8 @@ class HovleForConditionalGeneration(PreTrainedModel, HovleGenerationMixin):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is not None:  # else embed refuses
             position_ids = self._positions(tokens, attention_mask, position_ids, llm_cache)
+            if blocks_cache is not None and llm_cache is not None and pixel_values is not None:
+                make_room(blocks_cache, llm_cache, tokens.shape[1], self._wider_by(tokens))
         embedded = self.embed(
             input_ids, pixel_values, attention_mask, position_ids, blocks_cache, expansion, inputs_embeds
         )

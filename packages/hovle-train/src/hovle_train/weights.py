@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from hovle_train.linear import use_contiguous_gradients, use_plain_gradients
+
 
 class Weights:
     """Trainable weights of a module by name, in float32, with the module computing in `dtype`.
@@ -29,6 +31,7 @@ class Weights:
             original, parameter.data = parameter.data, parameter.data.to(dtype)
             if name not in self._own and not torch.equal(parameter.data.to(original.dtype), original):
                 self._rounded[name] = original.cpu()
+        use_contiguous_gradients(module)
 
     def __iter__(self) -> Iterator[nn.Parameter]:
         return iter(self.masters.values())
@@ -60,6 +63,7 @@ class Weights:
         """Give the module its weights in float32, for export: the masters, and what is frozen bit for bit."""
         if self.dtype == torch.float32:
             return
+        use_plain_gradients(module)
         for name, parameter in module.named_parameters():
             exact = self._rounded.get(name)
             parameter.data = parameter.data.float() if exact is None else exact.to(parameter.device)

@@ -1,0 +1,100 @@
+"""Bicubic resizing of RGB pictures: Pillow's pixels, which the released models were trained with, or close to them.
+
+`resize_exact` is Pillow's own arithmetic either way. Where numba is installed (extra `fast-images`) large pictures go
+through `hovle_core.resize_kernels`, which does the same sums many at a time: the same bytes, in less than half the time
+(benchmarks/image_processor.py).
+
+Shapes: h, w of the picture; H, W of what it is resized to.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL import __version__ as pillow_version
+from torch.nn import functional as F
+
+# Rows taken out of Pillow at a time: they stay in the CPU's cache, and `np.array` writes a whole picture thrice.
+BAND = 64
+# With fewer pixels than this, of the picture and of what it becomes, Pillow is done before numba is imported.
+SMALLEST_COMPILED = 2**20
+
+
+def resize_exact(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """RGB picture -> uint8 `[H, W, 3]` for each (W, H): the bytes of `image.resize((W, H), BICUBIC)`."""
+    compiled = [size for size in sizes if _is_compiled(image.size, size)]
+    resized = dict(zip(compiled, _compiled(image, compiled), strict=True)) if compiled else {}
+    for size in sizes:
+        if size not in resized:
+            resized[size] = _pixels(image.resize(size, Image.Resampling.BICUBIC))
+    return [resized[size] for size in sizes]
+
+
+def resize_close(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """As resize_exact, with PyTorch's bicubic: Pillow's filter with coefficients of 16 bits, a level or two off."""
+    pixels = torch.from_numpy(_pixels(image)).permute(2, 0, 1)[
+        None
+    ]  # channels last, which has the SIMD kernel
+    resized = [
+        F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True) for width, height in sizes
+    ]
+    return [x[0].permute(1, 2, 0).numpy() for x in resized]
+
+
+def vertical_first(source: tuple[int, int], target: tuple[int, int]) -> bool:
+    """Whether Pillow resizes the columns of such a picture before its rows, which rounds between them.
+
+    Always rows first before Pillow 13, which resizes first where more than twice as many rows as columns go.
+    """
+    (w, h), (W, H) = source, target
+    return int(pillow_version.split(".")[0]) >= 13 and h > H and h - H > 2 * (w - W)
+
+
+@cache
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
+
+
+def _is_compiled(source: tuple[int, int], target: tuple[int, int]) -> bool:
+    pixels = source[0] * source[1] + target[0] * target[1]
+    return pixels >= SMALLEST_COMPILED and _has_numba() and not vertical_first(source, target)
+
+
+def _compiled(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """Rows first, band by band, for all sizes at once; then columns."""
+    from hovle_core import resize_kernels as kernels
+
+    width, height = image.size
+    across = [kernels.coefficients(width, W) for W, _ in sizes]
+    narrowed = [np.empty((height, W, 3), np.uint8) for W, _ in sizes]
+    turned = np.zeros((width, 3, BAND), np.uint8)
+    for top, band in _bands(image):
+        bottom = top + len(band)
+        kernels.turn(band, turned)
+        for coefficients, rows in zip(across, narrowed, strict=True):
+            kernels.resize_rows(turned, *coefficients, rows[top:bottom])
+    resized = [np.empty((H, W, 3), np.uint8) for W, H in sizes]
+    for rows, out in zip(narrowed, resized, strict=True):
+        H, W, _ = out.shape
+        coefficients = kernels.coefficients(height, H)
+        kernels.resize_columns(rows.reshape(height, W * 3), *coefficients, out.reshape(H, W * 3))
+    return resized
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
+    """(top, pixels `[up to BAND, w, 3]`) from top to bottom."""
+    width, height = image.size
+    for top in range(0, height, BAND):
+        yield top, np.asarray(image.crop((0, top, width, min(top + BAND, height))))
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """RGB -> uint8 `[h, w, 3]`, one's own to write to."""
+    width, height = image.size
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top, band in _bands(image):
+        pixels[top : top + len(band)] = band
+    return pixels
