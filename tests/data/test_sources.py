@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hovle_core.cli import main
 from hovle_core.hookspecs import hookimpl
 from hovle_core.plugins import load_plugins
 from hovle_data import plugin
@@ -206,9 +207,16 @@ def test_folder_of_pictures_with_and_without_text(pictures, png):
         with pytest.raises(BadSample) as caught:
             source[i]
         assert (caught.value.source.rpartition("/")[2], caught.value.category) == (where, reason)
-    assert [s.kind for s in map(ImageFolderSource(pictures, sidecars=False).__getitem__, range(5))] == [
-        "image"
-    ] * 5
+    assert source.problems == []
+    (pictures / "f.HEIC").write_bytes(b"f")
+    (pictures / "sub" / "g.txt").write_text("whose?")
+    assert [problem.rpartition("pictures/")[2] for problem in ImageFolderSource(pictures).problems] == [
+        "f.HEIC: format is not read", "sub/g.txt: text without a picture",
+    ]  # fmt: skip
+    assert main(["data", "validate", str(pictures), "--workers", "1"]) == 1
+    alone = ImageFolderSource(pictures, sidecars=False)
+    assert [s.kind for s in map(alone.__getitem__, range(5))] == ["image"] * 5
+    assert len(alone.problems) == 1
 
 
 def test_text_by_paragraph_line_file_and_row(tmp_path):
