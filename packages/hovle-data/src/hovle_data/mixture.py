@@ -61,22 +61,31 @@ class Mixture:
         if not sources:
             raise ValueError("sources is empty: give at least one (source, weight)")
         self.sources = [source for source, _ in sources]
+        self.weights = [weight for _, weight in sources]
         self.seed = seed
         self.names = [str(getattr(source, "name", f"source{j}")) for j, source in enumerate(self.sources)]
         if len(set(self.names)) < len(self.names):
             raise ValueError(
                 f"sources share a name: {self.names}; give each another name=, keys are prefixed with it"
             )
-        for name, (source, weight) in zip(self.names, sources, strict=True):
+        for name, source, weight in zip(self.names, self.sources, self.weights, strict=True):
             if len(source) == 0:
                 raise ValueError(f"source {name} is empty: leave it out")
             check_weight(weight, f"weight of {name}")
-        self.phases = _phases([weight for _, weight in sources], seed)
+        self.phases = _phases(self.weights, seed)
 
     @property
     def num_samples(self) -> int:
         """Samples in all sources."""
         return sum(len(source) for source in self.sources)
+
+    def apart_from(self, other: Mixture) -> Mixture:
+        """This mixture, with another seed where its shuffles would follow the other one's: of lengths between the same
+        powers of two, permutations of one seed agree on many positions, of equal lengths on all."""
+        sizes = [{(len(source) - 1).bit_length() for source in mixture.sources} for mixture in (self, other)]
+        if self.seed != other.seed or sizes[0].isdisjoint(sizes[1]):
+            return self
+        return Mixture(list(zip(self.sources, self.weights, strict=True)), hash64("apart", self.seed))
 
     def draw(self, k: int) -> tuple[int, int]:
         """Position k = 0, 1, 2, ... -> (source_index, sample_index). Costs one block, wherever k is."""
