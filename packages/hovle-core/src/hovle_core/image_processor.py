@@ -3,7 +3,7 @@
 Shapes: N tiles, S tile side in pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,8 +18,6 @@ from transformers.image_processing_utils import BaseImageProcessor
 from hovle_core.config import IMAGENET_MEAN, IMAGENET_STD, HovleConfig
 from hovle_core.images import decode_image, image_size
 from hovle_core.patch_embed import normalize_pixels
-
-BAND = 16  # rows converted at a time
 
 
 @lru_cache(maxsize=64)
@@ -103,20 +101,21 @@ class HovleImageProcessor(BaseImageProcessor):
         return columns * rows + int(self.use_thumbnail and columns * rows > 1)
 
     def tiles(self, image: Image.Image, grid: tuple[int, int] | None = None) -> np.ndarray:
-        """uint8 `[N, S, S, 3]`, row by row, the thumbnail last. `grid` (columns, rows) overrides the picture's own."""
+        """uint8 `[N, S, S, 3]`, row by row, the thumbnail last. `grid` (columns, rows) overrides the picture's own.
+
+        In memory each channel lies by itself, as models want it: `transpose(0, 3, 1, 2)` is contiguous.
+        """
         if image.mode != "RGB":
             image = image.convert("RGB")
         columns, rows = grid or self.grid(*image.size)
         size, count = self.tile_size, columns * rows
         has_thumbnail = self.use_thumbnail and count > 1
-        sizes = [(columns * size, rows * size)] + [(size, size)] * has_thumbnail
-        whole, *thumbnail = (_resize_close if self.fast else _resize_exact)(image, sizes)
-        tiles = np.empty((count + has_thumbnail, size, size, 3), np.uint8)
-        cut = whole.reshape(rows, size, columns, size, 3).swapaxes(1, 2)
-        tiles[:count].reshape(cut.shape)[:] = cut
+        planes = np.empty((count + has_thumbnail, 3, size, size), np.uint8)
+        cut = _cutter_close(image) if self.fast else _cutter_exact(image)
+        cut(columns, rows, planes[:count])
         if has_thumbnail:
-            tiles[count] = thumbnail[0]
-        return tiles
+            cut(1, 1, planes[count:])
+        return planes.transpose(0, 2, 3, 1)
 
     def tiles_of_file(self, data: bytes) -> np.ndarray:
         """A picture file -> its tiles `[N, S, S, 3]`. Raises ImageError as `images.decode_image` does."""
@@ -159,30 +158,36 @@ class HovleImageProcessor(BaseImageProcessor):
         )
 
 
-def _resize_exact(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """Pillow's bicubic, which the released models were trained with: RGB -> uint8 `[height, width, 3]` a size."""
-    return [_pixels(image.resize(size, Image.Resampling.BICUBIC)) for size in sizes]
+Cutter = Callable[[int, int, np.ndarray], None]
+"""(columns, rows, out): resizes a picture to that grid and writes its tiles into uint8 `[columns · rows, 3, S, S]`."""
 
 
-def _resize_close(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """PyTorch's bicubic, Pillow's filter with coefficients of 16 bits: several times faster, a level or two off."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[
-        None
-    ]  # channels last, which has the SIMD kernel
-    resized = [
-        F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True) for width, height in sizes
-    ]
-    return [x[0].permute(1, 2, 0).numpy() for x in resized]
+def _cutter_exact(image: Image.Image) -> Cutter:
+    """By Pillow's bicubic, which the released models were trained with."""
+
+    def cut(columns: int, rows: int, out: np.ndarray) -> None:
+        size = out.shape[-1]
+        whole = image.resize((columns * size, rows * size), Image.Resampling.BICUBIC)
+        for n, tile in enumerate(out):
+            left, top = n % columns * size, n // columns * size
+            bands = whole.crop((left, top, left + size, top + size)).split()
+            for plane, band in zip(tile, bands, strict=True):
+                plane[:] = np.asarray(band)
+
+    return cut
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
-    """RGB -> uint8 `[height, width, 3]`; in bands that stay in the cache, for `np.array` writes the whole thrice."""
-    width, height = image.size
-    pixels = np.empty((height, width, 3), np.uint8)
-    for top in range(0, height, BAND):
-        bottom = min(top + BAND, height)
-        pixels[top:bottom] = np.asarray(image.crop((0, top, width, bottom)))
-    return pixels
+def _cutter_close(image: Image.Image) -> Cutter:
+    """By PyTorch's bicubic, Pillow's filter with coefficients of 16 bits: several times faster, a level or two off."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # channels last has the SIMD kernel
+
+    def cut(columns: int, rows: int, out: np.ndarray) -> None:
+        size = out.shape[-1]
+        whole = F.interpolate(pixels, size=(rows * size, columns * size), mode="bicubic", antialias=True)
+        grid = whole[0].numpy().reshape(3, rows, size, columns, size).transpose(1, 3, 0, 2, 4)
+        out.reshape(grid.shape)[:] = grid
+
+    return cut
 
 
 AutoImageProcessor.register(
