@@ -27,7 +27,7 @@ from hovle_data.streams import PairStream, TextStream
 pytestmark = pytest.mark.filterwarnings(
     "ignore::hypothesis.errors.HypothesisWarning"
 )  # large inputs are meant
-FAST = settings(max_examples=150, suppress_health_check=list(HealthCheck))
+FAST = settings(max_examples=75, suppress_health_check=list(HealthCheck))
 SLOW = settings(FAST, max_examples=5_000, phases=[Phase.generate, Phase.shrink])
 
 
