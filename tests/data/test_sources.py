@@ -108,6 +108,7 @@ def test_every_bad_row_is_named_by_line(tmp_path, pictures):
         {"image": "a\0.png", **talk},
         {"conversations": "hi"},
         {"conversations": [{"from": "human"}]},
+        {"conversations": [{"from": ["human"], "value": "Hi"}]},
         {"image": "b.png", **talk},
     ]
     found = reasons(AnnotationSource(write_jsonl(tmp_path / "r.jsonl", rows), root=pictures))
@@ -125,6 +126,7 @@ def test_every_bad_row_is_named_by_line(tmp_path, pictures):
         "r.jsonl:13": "unreadable image",
         "r.jsonl:14": "bad conversation",
         "r.jsonl:15": "turn without text",
+        "r.jsonl:16": "unknown role",
     }
 
 
