@@ -161,6 +161,7 @@ def test_internvl_meta(tmp_path, pictures):
     (tmp_path / "ann").mkdir()
     write_jsonl(tmp_path / "ann" / "one.jsonl", rows)
     write_jsonl(tmp_path / "ann" / "two.jsonl", rows[:2])
+    write_jsonl(tmp_path / "ann" / "none.jsonl", [])
     meta = {
         "one set": {"root": "pictures", "annotation": "ann/one.jsonl", "repeat_time": 0.5, "length": 4},
         "two": {
@@ -184,6 +185,8 @@ def test_internvl_meta(tmp_path, pictures):
     for bad, message in (
         ({"x": {"root": "."}}, "set 'x' has no 'annotation'"),
         ({"x": {"annotation": "ann/one.jsonl", "repeat_time": 1.5}}, "repeat_time=1.5"),
+        ({"x": {"annotation": "ann/one.jsonl", "repeat_time": 0.2}}, "repeat_time=0.2 .* none of its 4 rows"),
+        ({"x": {"annotation": "ann/none.jsonl"}}, "set 'x': .*none.jsonl holds no rows"),
         ([], "not a meta file"),
     ):
         (tmp_path / "bad.json").write_text(json.dumps(bad))

@@ -168,7 +168,11 @@ def _good_samples(
             sample = read_row(source, i)
             if reason := next(checks.problems(sample, job.check_images and job.processor is None), None):
                 raise BadSample(sample.key, where, reason)
-            meta = {**sample.meta, "id": sample.meta.get("id", sample.key), "from": where.rpartition("/")[2]}
+            meta = {
+                "id": sample.key,
+                "from": where.rpartition("/")[2],
+                **sample.meta,
+            }  # built again: from the first
             fields = to_fields(replace(sample, key=f"{prefix(source)}-{i:08d}", meta=meta))
             if job.processor is not None:
                 encoded = _encoded(job.processor, sample, where)

@@ -114,7 +114,9 @@ def _duplicates(source: Source, hashes: NDArray[np.uint64]) -> list[BadSample]:
         name, row = _id(sample), sample.meta.get("from")
         if name not in first:
             first[name] = where, row
-        elif row is None or row != first[name][1]:  # the same row again is a repetition that was asked for
+        elif row != first[name][1] or ":" not in str(
+            row
+        ):  # the same line again: a repetition that was asked for
             found.append(BadSample(sample.key, where, f"duplicate id: {name}, first in {first[name][0]}"))
     return found
 

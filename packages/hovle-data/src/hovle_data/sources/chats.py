@@ -40,6 +40,8 @@ class AnnotationSource:
         if repeat_time <= 0 or (repeat_time > 1 and repeat_time != int(repeat_time)):
             raise ValueError(f"repeat_time={repeat_time} of {path}: give a whole number, or a share below 1")
         self.num_unique = len(self.rows) if repeat_time >= 1 else int(len(self.rows) * repeat_time)
+        if len(self.rows) and not self.num_unique:
+            raise ValueError(f"repeat_time={repeat_time} of {path} leaves none of its {len(self.rows)} rows")
         self._length = self.num_unique * max(1, int(repeat_time))
 
     def __len__(self) -> int:
@@ -148,6 +150,8 @@ def _open_sets(
         annotation = _beside(path, entry["annotation"])
         folder = root if root is not None else _beside(path, entry["root"]) if entry.get("root") else None
         found.append((name, AnnotationSource(annotation, folder, name, repeat_time, options)))
+        if not len(found[-1][1]):
+            raise ValueError(f"{path}: set {name!r}: {annotation} holds no rows; leave it out")
     return found
 
 
