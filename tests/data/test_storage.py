@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -214,6 +215,7 @@ def test_shards_on_s3(tmp_path, s3, pairs, cache_gib):
     source = ShardSource(f"s3://{bucket}/out", cache_gib=cache_gib, storage_options=s3)
     assert list(source) == pairs(6)
     assert source.problems == []
+    assert list(pickle.loads(pickle.dumps(source))) == pairs(6)  # as processes of a build get it
     command = ["data", "validate", f"s3://{bucket}/out", "--kind", "webdataset", "--workers", "1"]
     assert main([*command, "--option", f"storage_options={json.dumps(s3)}"]) == 0
     built = ["data", "build", f"s3://{bucket}/out", str(tmp_path / "built"), "--kind", "webdataset"]

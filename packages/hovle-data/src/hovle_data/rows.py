@@ -24,7 +24,7 @@ class RowLoader(Loader):
     of `state`, as positions.
 
     window: how many rows' worth of samples (tokens or tiles, whichever comes first) a lane holds to choose
-        from; also the bound on its memory.
+        from; with two reads of READ_SIZE samples, the second by threads ahead of its use, the bound on its memory.
     """
 
     def __init__(
