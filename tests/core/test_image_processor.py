@@ -45,6 +45,14 @@ def test_tiles_are_pillows_resize_cut_up(size):
     np.testing.assert_array_equal(processor.tiles_of_file(png(image)), processor.tiles(image))
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_tiles_lie_in_memory_as_models_want_them(fast):
+    """Else every sample's megabytes are turned over once more on their way into a batch."""
+    tiles = HovleImageProcessor(56, max_tiles=6, fast=fast).tiles(Image.new("RGB", (90, 60)))
+    assert tiles.shape == (7, 56, 56, 3)
+    assert tiles.transpose(0, 3, 1, 2).flags.c_contiguous
+
+
 @pytest.mark.parametrize("location", ["pre", "post"])
 def test_the_model_normalises_uint8_tiles_as_the_processor_does(location):
     tokenizer = tiny_tokenizer()

@@ -67,7 +67,7 @@ def test_what_is_written(data, tmp_path, png, registry):
     assert ids == [f"r{i}" for i in range(17) if i not in (4, 9)]
     assert source[23].meta["from"] == "talk.jsonl:1"
     ledger = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
-    assert [(bad["source"].rpartition("/")[2], bad["reason"].partition(":")[0]) for bad in ledger] == [
+    assert [(bad["shard"].rpartition("/")[2], bad["reason"].partition(":")[0]) for bad in ledger] == [
         ("talk.jsonl:5", "missing image"), ("talk.jsonl:10", "empty answer"),
     ]  # fmt: skip
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "pairs", "spec.yaml", "talk.jsonl"]
@@ -78,8 +78,8 @@ def test_what_is_written(data, tmp_path, png, registry):
 def test_the_number_of_workers_changes_nothing(data, tmp_path, registry):
     spec = load_spec(data)
     build(spec, open_sources(spec, registry), tmp_path / "one", workers=1)
-    build(spec, open_sources(spec, registry), tmp_path / "three", workers=3)
-    assert tree(tmp_path / "one") == tree(tmp_path / "three")
+    build(spec, open_sources(spec, registry), tmp_path / "two", workers=2)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
 SLOW_BUILD = """
@@ -115,9 +115,8 @@ def test_killed_and_started_again_is_the_same_byte_for_byte(data, tmp_path, regi
     spec = load_spec(data)
     build(spec, open_sources(spec, registry), tmp_path / "whole")
     out, begun = tmp_path / "out", tmp_path / "out.building"
-    for markers in (2, 4):
-        kill_in_the_middle([sys.executable, "-c", SLOW_BUILD, str(data), str(out)], begun, markers)
-        assert not out.exists()
+    kill_in_the_middle([sys.executable, "-c", SLOW_BUILD, str(data), str(out)], begun, markers=3)
+    assert not out.exists()
     first = begun / "pairs-000000.tar"
     untouched = first.stat().st_mtime_ns
     (begun / "talk-000000.99.tmp").write_bytes(b"what a killed worker was writing")
@@ -272,9 +271,29 @@ def test_the_command(data, tmp_path, capsys):
     assert "2 of 40 samples were left out" in printed.out
     assert re.search(r"building out .*40/40", printed.err)  # the progress bar
     assert main(["data", "validate", str(tmp_path / "out"), "--workers", "1"]) == 0  # what is built is sound
+    bad = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert [sorted(entry) for entry in bad] == [["key", "reason", "shard"]] * 2  # as a run writes it
     assert main(["data", "build", str(tmp_path / "nowhere"), "x"]) == 2
     assert main(["data", "build", str(data), "x", "--option", "a=b"]) == 2
     assert "go into" in capsys.readouterr().err
+
+
+def test_the_command_refuses_what_would_do_something_else(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("t.txt").write_text("one")
+    Path("folder").mkdir()
+    for arguments, message in (
+        (["build", "t.txt", "s3://bucket/out"], "s3://bucket/out is a URL; build into a folder here"),
+        (["build", "t.txt", "out", "--max-bad-share", "7"], "max_bad_share"),
+        (["inspect", "t.txt", "--html", "folder"], "Is a directory"),
+    ):
+        assert main(["data", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    for option in ("--workers", "--samples-per-shard"):
+        with pytest.raises(SystemExit):
+            main(["data", "build", "t.txt", "out", option, "0"])
+        assert f"argument {option}: 0 must be at least 1" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("t.txt", "folder")] == []
 
 
 def test_plan_is_sorted_by_name(data, registry):

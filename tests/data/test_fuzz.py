@@ -27,7 +27,7 @@ from hovle_data.streams import PairStream, TextStream
 pytestmark = pytest.mark.filterwarnings(
     "ignore::hypothesis.errors.HypothesisWarning"
 )  # large inputs are meant
-FAST = settings(max_examples=150, suppress_health_check=list(HealthCheck))
+FAST = settings(max_examples=75, suppress_health_check=list(HealthCheck))
 SLOW = settings(FAST, max_examples=5_000, phases=[Phase.generate, Phase.shrink])
 
 
@@ -108,10 +108,15 @@ messages = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "assistant", "system", "bot", None, 3, []])},
     optional={"content": st.one_of(words, st.lists(parts, max_size=3), json_values)},
 )
+turns = st.fixed_dictionaries(
+    {"from": st.sampled_from(["human", "gpt", "bot", []]), "value": st.one_of(words, json_values)}
+)
 objects = st.fixed_dictionaries(
     {},
     optional={
         "text": st.one_of(words, json_values),
+        "caption": st.one_of(words, json_values),
+        "conversations": st.one_of(st.lists(st.one_of(turns, json_values), max_size=4), json_values),
         "messages": st.one_of(st.lists(st.one_of(messages, json_values), max_size=4), json_values),
         "images": st.one_of(st.integers(-1, 3), json_values),
         "meta": json_values,
@@ -142,7 +147,7 @@ members = st.one_of(
     st.tuples(st.just("json"), json_files),
     st.tuples(st.just("txt"), text_files),
     st.tuples(
-        st.sampled_from(["png", "0.png", "1.jpg", "2.JPEG", "10.webp", "²٣.gif", "cls"]), picture_files
+        st.sampled_from(["png", "0.png", "1.jpg", "2.JPEG", "10.webp", "²٣.gif", "cls", "mp4"]), picture_files
     ),
 )
 one_each = st.lists(members, min_size=1, max_size=4, unique_by=lambda member: member[0])

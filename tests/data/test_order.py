@@ -144,6 +144,14 @@ def test_odd_weights_are_rounded_and_none_is_lost():
     assert abs(mixture.phases[0].counts[0] / mixture.phases[0].counts[2] - 3) < 0.01
 
 
+def test_a_share_that_rounding_changes_much_is_named(caplog):
+    Mixture([(Numbers("big", 5), 1), (Numbers("small", 5), 1e-5)], 0)
+    assert caplog.messages == ["small: its weight asks for 1e-05 of the draws and it gets 0.00024"]
+    caplog.clear()
+    Mixture([(Numbers("a", 5), 0.123), (Numbers("b", 5), 0.456789)], 0)
+    assert caplog.messages == []
+
+
 def test_a_curriculum_changes_the_shares_at_its_positions():
     mixture = Mixture(
         [(Numbers("a", 7), {0: 3, 8: 1}), (Numbers("b", 5), 1), (Numbers("c", 3), {8: 2})], seed=1

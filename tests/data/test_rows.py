@@ -12,7 +12,7 @@ from hovle_data.mixture import Mixture
 from hovle_data.order import hash64, uniform
 from hovle_data.pipeline import StepLoader
 from hovle_data.quarantine import Ledger
-from hovle_data.rows import RowLoader
+from hovle_data.rows import READ_SIZE, RowLoader
 from hovle_data.shards import ShardSource, write_shards
 from hovle_data.streams import PairStream
 
@@ -144,7 +144,23 @@ def test_no_sample_waits_longer_than_the_window(encoded_type):
             num_read, *waiting = steps.state["0"]
             oldest_waiting = waiting[0] if waiting else num_read
             held = sum(len(loader.stream.get(k).input_ids) for k in waiting)
-            assert held <= 2 * MAX_TOKENS + 16 * 40  # the window and one read
+            assert held <= 2 * MAX_TOKENS + READ_SIZE * 40  # the window and one read
+
+
+def test_the_next_read_begins_before_rows_are_taken(encoded_type):
+    """Threads would stand still while a step is joined and waits for the consumer."""
+    stream, asked = Sizes(encoded_type), []
+
+    def read(positions):
+        if positions:  # a lane has nothing to restore
+            asked.append(positions)
+        return map(stream.get, positions)
+
+    _, state = next(make_loader("rows", stream).steps(0, {}, read))
+    for lane, (num_read, *_) in state.items():
+        own = [positions for positions in asked if positions[0] % 4 == int(lane)]
+        assert own[-1] == range(int(lane) + 4 * num_read, int(lane) + 4 * (num_read + READ_SIZE), 4)
+        assert len(own) == num_read // READ_SIZE + 1
 
 
 def test_waiting_for_a_usable_sample_ends(encoded_type):

@@ -240,7 +240,40 @@ BROKEN = [
         "image tags and images differ: 1 tags, 0 images",
     ),
     ([("k.json", b'{"text": "\\ud83d"}')], "text is not Unicode"),
+    ([("k.heic", b"x"), ("k.txt", b"t")], "format is not read: k.heic"),
+    ([("k.mp4", b"x"), ("k.json", b'{"caption": "t"}')], "format is not read: k.mp4"),
+    ([("k.json", b'{"caption": 7}')], "text is no string: int"),
+    ([("k.json", b'{"conversations": [{"from": "bot", "value": "t"}]}')], "unknown role: 'bot'"),
 ]
+
+
+def test_others_captions_and_conversations_are_read(tmp_path, png):
+    talk = json.dumps({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]})
+    two = talk.replace('"Q"', '"<image> and <image>?"')
+    write_tar(
+        tmp_path / "d" / "s.tar",
+        [
+            *[("a.jpg", png(1)), ("a.json", b'{"caption": "in json", "url": "u"}')],
+            *[("b.jfif", png(2)), ("b.json", b'{"caption": "in json"}'), ("b.txt", b"in txt")],
+            *[("c.png", png(3)), ("c.json", talk.encode())],
+            *[("d.0.png", png(4)), ("d.1.png", png(5)), ("d.json", two.encode())],
+        ],
+    )
+    one, other, conversation, pictures = ShardSource(tmp_path / "d")
+    assert [(s.kind, s.text, len(s.images)) for s in (one, other)] == [
+        ("pair", "in json", 1),
+        ("pair", "in txt", 1),
+    ]
+    assert conversation.validate().messages[0]["content"] == [
+        {"type": "image"},
+        {"type": "text", "text": "Q"},
+    ]
+    assert [part["type"] for part in pictures.validate().messages[0]["content"]] == [
+        "image",
+        "text",
+        "image",
+        "text",
+    ]
 
 
 @pytest.mark.parametrize(("members", "reason"), BROKEN)

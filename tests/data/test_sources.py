@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hovle_core.cli import main
 from hovle_core.hookspecs import hookimpl
 from hovle_core.plugins import load_plugins
 from hovle_data import plugin
@@ -107,6 +108,7 @@ def test_every_bad_row_is_named_by_line(tmp_path, pictures):
         {"image": "a\0.png", **talk},
         {"conversations": "hi"},
         {"conversations": [{"from": "human"}]},
+        {"conversations": [{"from": ["human"], "value": "Hi"}]},
         {"image": "b.png", **talk},
     ]
     found = reasons(AnnotationSource(write_jsonl(tmp_path / "r.jsonl", rows), root=pictures))
@@ -124,6 +126,7 @@ def test_every_bad_row_is_named_by_line(tmp_path, pictures):
         "r.jsonl:13": "unreadable image",
         "r.jsonl:14": "bad conversation",
         "r.jsonl:15": "turn without text",
+        "r.jsonl:16": "unknown role",
     }
 
 
@@ -158,6 +161,7 @@ def test_internvl_meta(tmp_path, pictures):
     (tmp_path / "ann").mkdir()
     write_jsonl(tmp_path / "ann" / "one.jsonl", rows)
     write_jsonl(tmp_path / "ann" / "two.jsonl", rows[:2])
+    write_jsonl(tmp_path / "ann" / "none.jsonl", [])
     meta = {
         "one set": {"root": "pictures", "annotation": "ann/one.jsonl", "repeat_time": 0.5, "length": 4},
         "two": {
@@ -181,6 +185,8 @@ def test_internvl_meta(tmp_path, pictures):
     for bad, message in (
         ({"x": {"root": "."}}, "set 'x' has no 'annotation'"),
         ({"x": {"annotation": "ann/one.jsonl", "repeat_time": 1.5}}, "repeat_time=1.5"),
+        ({"x": {"annotation": "ann/one.jsonl", "repeat_time": 0.2}}, "repeat_time=0.2 .* none of its 4 rows"),
+        ({"x": {"annotation": "ann/none.jsonl"}}, "set 'x': .*none.jsonl holds no rows"),
         ([], "not a meta file"),
     ):
         (tmp_path / "bad.json").write_text(json.dumps(bad))
@@ -206,9 +212,16 @@ def test_folder_of_pictures_with_and_without_text(pictures, png):
         with pytest.raises(BadSample) as caught:
             source[i]
         assert (caught.value.source.rpartition("/")[2], caught.value.category) == (where, reason)
-    assert [s.kind for s in map(ImageFolderSource(pictures, sidecars=False).__getitem__, range(5))] == [
-        "image"
-    ] * 5
+    assert source.problems == []
+    (pictures / "f.HEIC").write_bytes(b"f")
+    (pictures / "sub" / "g.txt").write_text("whose?")
+    assert [problem.rpartition("pictures/")[2] for problem in ImageFolderSource(pictures).problems] == [
+        "f.HEIC: format is not read", "sub/g.txt: text without a picture",
+    ]  # fmt: skip
+    assert main(["data", "validate", str(pictures), "--workers", "1"]) == 1
+    alone = ImageFolderSource(pictures, sidecars=False)
+    assert [s.kind for s in map(alone.__getitem__, range(5))] == ["image"] * 5
+    assert len(alone.problems) == 1
 
 
 def test_text_by_paragraph_line_file_and_row(tmp_path):

@@ -2,16 +2,19 @@
 
 import json
 import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from hovle_core.cli import main
+from hovle_data import storage
 from hovle_data.schema import BadSample
 from hovle_data.shards import ShardSource, write_shards
 from hovle_data.sources.chats import AnnotationSource
 from hovle_data.sources.pictures import ImageFolderSource
 from hovle_data.sources.texts import TextSource
-from hovle_data.storage import GIB, FileCache, cache_folder
+from hovle_data.storage import GIB, FileCache, Folder, cache_folder
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
 
@@ -74,6 +77,70 @@ def test_the_cache_is_bounded_forgets_the_oldest_and_sees_changes(tmp_path, memo
     assert files.clear() > 0
     assert not (tmp_path / "c").exists()
     assert files.clear() == 0
+
+
+def test_a_copy_that_goes_before_it_is_opened_costs_no_sample(tmp_path, memory, pairs, monkeypatch):
+    """Threads and ranks share a cache that is too small for them: each makes room while others are about to read."""
+    write_shards(pairs(40), tmp_path / "out", samples_per_shard=4)
+    upload(memory, tmp_path / "out", "/bucket/out")
+    source = ShardSource(
+        "memory://bucket/out", cache_gib=1 / GIB
+    )  # one byte: every shard drives out all others
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(source.__getitem__, [*range(40)] * 5)) == pairs(40) * 5
+    copy, rows = cache_folder() / "files", 20 * [{"text": "t"}]
+    memory.pipe_file("/d/rows.jsonl", b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    texts = TextSource("memory://d/rows.jsonl")
+    assert texts[3].text == "t"
+    assert FileCache(copy, 0).clear() > 0
+    assert texts[4].text == "t"  # it is fetched again
+    memory.rm("/d/rows.jsonl")
+    FileCache(copy, 0).clear()
+    with pytest.raises(BadSample, match="unreadable file: cannot read memory://d/rows.jsonl"):
+        texts[5]
+
+
+def test_a_stores_hiccup_costs_no_sample(tmp_path, memory, pairs, monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
+    write_shards(pairs(4), tmp_path / "out")
+    upload(memory, tmp_path / "out", "/bucket/out")
+    source = ShardSource("memory://bucket/out")
+    errors = [ConnectionResetError("reset"), TimeoutError("slow")]
+
+    def flaky(*args, **kwargs):
+        if errors:
+            raise errors.pop()
+        return type(memory).cat_file(memory, *args, **kwargs)
+
+    monkeypatch.setattr(source.folder.fs, "cat_file", flaky)
+    assert source[2] == pairs(4)[2]
+    assert errors == []
+    errors += [ConnectionResetError("reset")] * 3
+    with pytest.raises(BadSample, match="unreadable shard: reset"):
+        source[2]
+
+
+def test_a_download_under_way_is_not_cleared_for_room(tmp_path, memory):
+    files = FileCache(tmp_path / "c", max_bytes=10)
+    (tmp_path / "c").mkdir()
+    begun, left = tmp_path / "c" / "x.1-a.part", tmp_path / "c" / "x.2-b.part"
+    begun.write_bytes(b"half")
+    left.write_bytes(b"half")
+    os.utime(left, (1, 1))  # of a process that was killed
+    memory.pipe_file("/b/a", b"a" * 10)
+    files.local(memory, "/b/a")
+    assert begun.exists()
+    assert not left.exists()
+
+
+def test_links_are_followed_and_no_folder_is_walked_twice(tmp_path):
+    (tmp_path / "far" / "deep").mkdir(parents=True)
+    (tmp_path / "far" / "deep" / "b.png").touch()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "a.png").touch()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "deep" / "back").symlink_to(tmp_path / "here")
+    assert Folder(tmp_path / "here").walk((".png",)) == ["a.png", "link/deep/b.png"]
 
 
 def test_a_failed_download_leaves_nothing(tmp_path, memory):
@@ -148,6 +215,7 @@ def test_shards_on_s3(tmp_path, s3, pairs, cache_gib):
     source = ShardSource(f"s3://{bucket}/out", cache_gib=cache_gib, storage_options=s3)
     assert list(source) == pairs(6)
     assert source.problems == []
+    assert list(pickle.loads(pickle.dumps(source))) == pairs(6)  # as processes of a build get it
     command = ["data", "validate", f"s3://{bucket}/out", "--kind", "webdataset", "--workers", "1"]
     assert main([*command, "--option", f"storage_options={json.dumps(s3)}"]) == 0
     built = ["data", "build", f"s3://{bucket}/out", str(tmp_path / "built"), "--kind", "webdataset"]
@@ -155,6 +223,12 @@ def test_shards_on_s3(tmp_path, s3, pairs, cache_gib):
     assert [(s.text, s.images) for s in ShardSource(tmp_path / "built")] == [
         (s.text, s.images) for s in pairs(6)
     ]
+    short = fs.cat(f"{bucket}/out/shard-000001.tar")[:3000]
+    fs.pipe(f"{bucket}/out/shard-000001.tar", short)
+    cut = ShardSource(f"s3://{bucket}/out", cache_gib=cache_gib, storage_options=s3)
+    assert cut[3].key == "s0003"
+    with pytest.raises(BadSample, match="truncated shard"):
+        cut[5]
     fs.rm(f"{bucket}/out/shard-000001.tar")
     fs.invalidate_cache()
     gone = ShardSource(f"s3://{bucket}/out", cache_gib=cache_gib, storage_options=s3)

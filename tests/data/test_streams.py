@@ -110,6 +110,20 @@ def test_unpaired_is_a_function_of_seed_and_position(processor, png, texts):
     assert not all(same(one.get(k), other.get(k)) for k in range(10))
 
 
+@pytest.mark.parametrize("num_texts", [200, 190])
+def test_unpaired_does_not_bring_captions_back_to_their_pictures(processor, png, num_texts):
+    """Pictures and texts of the same pairs, with one seed as recipes give it."""
+    pictures = mixture([Sample(f"{i}", (png(i),)) for i in range(200)], "images")
+    captions = mixture([Sample(f"{i}", text=f"{i}") for i in range(num_texts)], "texts")
+    stream = UnpairedStream(pictures, captions, processor, 0, 64, Ledger(), text_tokens=(1, 1))
+    together = 0
+    for k in range(400):
+        encoded = stream.get(k)
+        (text,) = [token for token in encoded.input_ids[[0, -1]] if token > 2]
+        together += encoded.key == f"images/{text - 10}"
+    assert together < 12  # two are expected of chance
+
+
 def test_unpaired_fits_the_budget_and_short_paragraphs(processor, png):
     images = mixture([Sample("i", (png(),))], "images")
     short = mixture([Sample("t", text="1 2")], "texts")

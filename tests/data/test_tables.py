@@ -10,6 +10,7 @@ from hovle_core.cli import main
 from hovle_data.schema import BadSample
 from hovle_data.shards import ShardSource
 from hovle_data.sources.tables import DatasetsSource, ParquetSource
+from hovle_data.storage import FileCache, cache_folder
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
 
@@ -91,6 +92,42 @@ def test_datasets_on_disk(tmp_path, png):
         DatasetsSource(tmp_path / "many")
     assert len(DatasetsSource(tmp_path / "many", split="train")) == 4
     assert main(["data", "validate", str(tmp_path / "one"), "--workers", "1"]) == 0
+    with pytest.raises(ValueError, match="give a folder that Dataset.save_to_disk wrote"):
+        DatasetsSource(tmp_path / "nowhere")
+
+
+def test_tables_behind_a_url(tmp_path, png, monkeypatch):
+    import datasets
+    import fsspec
+
+    monkeypatch.setenv("HOVLE_CACHE", str(tmp_path / "cache"))
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "p").mkdir()
+    write_parquet(tmp_path / "p" / "0.parquet", {"image": [png(1)], "caption": ["c"]})
+    write_parquet(tmp_path / "p" / "1.parquet", {"image": [png(2)], "caption": ["d"]})
+    memory = fsspec.filesystem("memory")
+    try:
+        memory.put(str(tmp_path / "saved"), "/tables/saved", recursive=True)
+        memory.put(str(tmp_path / "p"), "/tables/p", recursive=True)
+        assert [DatasetsSource("memory://tables/saved")[i].text for i in range(2)] == ["a", "b"]
+        source = ParquetSource("memory://tables/p")
+        FileCache(cache_folder() / "files", 0).clear()  # as when many files are more than the cache holds
+        assert [(source[i].text, source[i].images[0]) for i in range(2)] == [("c", png(1)), ("d", png(2))]
+        assert source.where(1) == "memory://tables/p/1.parquet:row 0"
+    finally:
+        memory.rm("/tables", recursive=True)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path, png):
+    (tmp_path / "no.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match="no.parquet is no Parquet file"):
+        ParquetSource(tmp_path / "no.parquet")
+    write_parquet(tmp_path / "cut.parquet", {"image": [png(i) for i in range(50)], "caption": ["c"] * 50})
+    content = bytearray((tmp_path / "cut.parquet").read_bytes())
+    content[4:400] = bytes(396)
+    (tmp_path / "cut.parquet").write_bytes(content)
+    with pytest.raises(BadSample, match="cut.parquet:row 0: 00000000: unreadable row group"):
+        ParquetSource(tmp_path / "cut.parquet")[0]
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,22 @@ def test_repetitions_are_no_duplicates(tmp_path, png):
     assert main(["data", "validate", str(tmp_path / "meta.json"), "--workers", "1"]) == 0
 
 
+def test_ids_of_different_sets_and_built_repetitions_are_no_duplicates(tmp_path, capsys):
+    row = {"id": 1, "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    sets = {n: {"annotation": f"{n}.jsonl", "repeat_time": 2} for n in ("a", "b")}
+    (tmp_path / "meta.json").write_text(json.dumps(sets))
+    assert main(["data", "validate", str(tmp_path / "meta.json"), "--workers", "1"]) == 0
+    assert main(["data", "build", str(tmp_path / "meta.json"), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert main(["data", "validate", str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert sorted(s.meta["set"] for s in ShardSource(tmp_path / "out")) == ["a", "a", "b", "b"]
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row)}")
+    capsys.readouterr()
+    assert main(["data", "validate", str(tmp_path / "meta.json"), "--workers", "1"]) == 1
+    assert "a.jsonl:2: a-00000001: duplicate id: a/1, first in" in capsys.readouterr().out
+
+
 def test_shards_with_damage_and_a_key_given_twice(tmp_path, pairs, capsys):
     for name in ("a", "b"):
         write_shards(pairs(4), tmp_path / name, name=name)

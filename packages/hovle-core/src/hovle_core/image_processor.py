@@ -3,7 +3,7 @@
 Shapes: N tiles, S tile side in pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -101,7 +101,10 @@ class HovleImageProcessor(BaseImageProcessor):
         return columns * rows + int(self.use_thumbnail and columns * rows > 1)
 
     def tiles(self, image: Image.Image, grid: tuple[int, int] | None = None) -> np.ndarray:
-        """uint8 `[N, S, S, 3]`, row by row, the thumbnail last. `grid` (columns, rows) overrides the picture's own."""
+        """uint8 `[N, S, S, 3]`, row by row, the thumbnail last. `grid` (columns, rows) overrides the picture's own.
+
+        In memory each channel lies by itself, as models want it: `transpose(0, 3, 1, 2)` is contiguous.
+        """
         if image.mode != "RGB":
             image = image.convert("RGB")
         columns, rows = grid or self.grid(*image.size)
@@ -109,12 +112,12 @@ class HovleImageProcessor(BaseImageProcessor):
         has_thumbnail = self.use_thumbnail and count > 1
         sizes = [(columns * size, rows * size)] + [(size, size)] * has_thumbnail
         whole, *thumbnail = (resize_close if self.fast else resize_exact)(image, sizes)
-        tiles = np.empty((count + has_thumbnail, size, size, 3), np.uint8)
-        cut = whole.reshape(rows, size, columns, size, 3).swapaxes(1, 2)
-        tiles[:count].reshape(cut.shape)[:] = cut
+        planes = np.empty((count + has_thumbnail, 3, size, size), np.uint8)
+        cut = whole.reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3)
+        planes[:count].reshape(cut.shape)[:] = cut
         if has_thumbnail:
-            tiles[count] = thumbnail[0]
-        return tiles
+            planes[count] = thumbnail[0].transpose(2, 0, 1)
+        return planes.transpose(0, 2, 3, 1)
 
     def tiles_of_file(self, data: bytes) -> np.ndarray:
         """A picture file -> its tiles `[N, S, S, 3]`. Raises ImageError as `images.decode_image` does."""

@@ -293,7 +293,10 @@ class HovleProcessor(ProcessorMixin):
 
     def _encoded(self, ids: list[int], labels: list[int], tiles: list[np.ndarray]) -> Encoded:
         size = self.image_processor.tile_size
-        stacked = np.concatenate(tiles) if tiles else np.zeros((0, size, size, 3), np.uint8)
+        if len(tiles) == 1:  # the usual one: megabytes that need no copy
+            (stacked,) = tiles
+        else:
+            stacked = np.concatenate(tiles) if tiles else np.zeros((0, size, size, 3), np.uint8)
         return Encoded(np.asarray(ids, np.int64), np.asarray(labels, np.int64), stacked)
 
 

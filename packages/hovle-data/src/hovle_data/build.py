@@ -88,7 +88,7 @@ def build(
             if reasons.total() > spec.max_bad_share * total:
                 raise TooManyBadSamples(
                     f"{reasons.total()} bad samples so far, more than max_bad_share={spec.max_bad_share} of {total}: "
-                    f"{commonest(reasons)}. 'hovle data validate' names them all; mend them and start again"
+                    f"{commonest(reasons)}. 'hovle data validate' names them all; mend them or raise it, start again"
                 )
         shards = [shard for task in tasks if (shard := _finished(work_folder, task.name)) is not None]
         if not shards:
@@ -168,7 +168,11 @@ def _good_samples(
             sample = read_row(source, i)
             if reason := next(checks.problems(sample, job.check_images and job.processor is None), None):
                 raise BadSample(sample.key, where, reason)
-            meta = {**sample.meta, "id": sample.meta.get("id", sample.key), "from": where.rpartition("/")[2]}
+            meta = {
+                "id": sample.key,
+                "from": where.rpartition("/")[2],
+                **sample.meta,
+            }  # built again: from the first
             fields = to_fields(replace(sample, key=f"{prefix(source)}-{i:08d}", meta=meta))
             if job.processor is not None:
                 encoded = _encoded(job.processor, sample, where)
@@ -223,7 +227,12 @@ def _write_ledger(path: Path, work_folder: Path, tasks: Sequence[Task]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for task in tasks:
             for bad in json.loads(_marker(work_folder, task.name).read_bytes())["bad"]:
-                file.write(json.dumps(bad) + "\n")
+                named = {
+                    "shard": bad["source"],
+                    "key": bad["key"],
+                    "reason": bad["reason"],
+                }  # as `Ledger` does
+                file.write(json.dumps(named) + "\n")
 
 
 def _fingerprint(spec: BuildSpec, sources: Sequence[Source]) -> dict[str, Any]:

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from hovle_core.plugins import load_plugins
 from hovle_core.registry import Registry
 from hovle_data.mixture import Source
+from hovle_data.sections import explain
 from hovle_data.spec import BuildSpec, load_spec, open_sources, prefix
+from hovle_data.storage import is_url
 from hovle_data.workers import default_workers
 
 
@@ -23,16 +26,20 @@ def run_build(args: argparse.Namespace) -> int:
     from hovle_data import build
 
     spec = _spec(args)
-    if args.samples_per_shard is not None:
-        spec.samples_per_shard = args.samples_per_shard
-    if args.processor is not None:
-        spec.processor = args.processor
+    if is_url(args.out):
+        raise ValueError(f"{args.out} is a URL; build into a folder here, then copy it there")
+    options = {name: getattr(args, name) for name in ("samples_per_shard", "processor", "max_bad_share")}
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        spec = BuildSpec.model_validate(spec.model_dump() | given)
+    except ValidationError as error:
+        raise ValueError("options are not valid:\n" + explain(error, BuildSpec)) from None
     sources = open_sources(spec, _registry(args))
     out = Path(args.out)
     if args.dry_run:
         _print_plan(spec, sources, out)
         return 0
-    index = build.build(spec, sources, out, args.workers or default_workers(), args.restart)
+    index = build.build(spec, sources, out, _workers(args), args.restart)
     total, bad = sum(map(len, sources)), sum(1 for _ in (out / build.LEDGER).open())
     print(f"{out}: {index.num_samples} samples in {len(index.shards)} shards, {index.size / 2**20:.1f} MiB")
     for name in ("tokens", "tiles"):
@@ -47,12 +54,13 @@ def run_validate(args: argparse.Namespace) -> int:
     """Print every problem and a summary by reason; exit code 1 if there is any."""
     from hovle_data.validate import Limits, validate
 
-    if args.max_tokens is not None and args.processor is None:
-        raise ValueError("--max-tokens needs --processor: tokens are its own")
     spec = _spec(args)
+    processor = args.processor or spec.processor
+    if args.max_tokens is not None and processor is None:
+        raise ValueError("--max-tokens needs --processor: tokens are its own")
     sources = open_sources(spec, _registry(args))
-    limits = Limits(not args.no_images, args.processor or spec.processor, args.max_tokens)
-    report = validate(sources, limits, args.workers or default_workers())
+    limits = Limits(not args.no_images, processor, args.max_tokens)
+    report = validate(sources, limits, _workers(args))
     if args.json:
         print(json.dumps(report.as_json(), indent=1))
     else:
@@ -94,6 +102,10 @@ def _spec(args: argparse.Namespace) -> BuildSpec:
             raise ValueError(f"--option {option!r} must read key=value")
         options[key] = yaml.safe_load(value)
     return load_spec(args.spec, args.kind, options)
+
+
+def _workers(args: argparse.Namespace) -> int:
+    return default_workers() if args.workers is None else int(args.workers)
 
 
 def _registry(args: argparse.Namespace) -> Registry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 
 from hovle_data.order import hash64, position_to_index
 from hovle_data.schema import Sample
+
+logger = logging.getLogger(__name__)
 
 MAX_BLOCK = 4096
 Weight = float | Mapping[int, float]
@@ -61,22 +64,42 @@ class Mixture:
         if not sources:
             raise ValueError("sources is empty: give at least one (source, weight)")
         self.sources = [source for source, _ in sources]
+        self.weights = [weight for _, weight in sources]
         self.seed = seed
         self.names = [str(getattr(source, "name", f"source{j}")) for j, source in enumerate(self.sources)]
         if len(set(self.names)) < len(self.names):
             raise ValueError(
                 f"sources share a name: {self.names}; give each another name=, keys are prefixed with it"
             )
-        for name, (source, weight) in zip(self.names, sources, strict=True):
+        for name, source, weight in zip(self.names, self.sources, self.weights, strict=True):
             if len(source) == 0:
                 raise ValueError(f"source {name} is empty: leave it out")
             check_weight(weight, f"weight of {name}")
-        self.phases = _phases([weight for _, weight in sources], seed)
+        self.phases = _phases(self.weights, seed)
+        self._warn_of_rounding()
 
     @property
     def num_samples(self) -> int:
         """Samples in all sources."""
         return sum(len(source) for source in self.sources)
+
+    def _warn_of_rounding(self) -> None:
+        for start, counts, _ in self.phases:
+            now = [_weight_at(weight, start) for weight in self.weights]
+            for name, weight, count in zip(self.names, now, counts, strict=True):
+                asked, drawn = weight / sum(now), count / sum(counts)
+                if weight and not 0.9 < drawn / asked < 1.1:
+                    logger.warning(
+                        "%s: its weight asks for %.2g of the draws and it gets %.2g", name, asked, drawn
+                    )
+
+    def apart_from(self, other: Mixture) -> Mixture:
+        """This mixture, with another seed where its shuffles would follow the other one's: of lengths between the same
+        powers of two, permutations of one seed agree on many positions, of equal lengths on all."""
+        sizes = [{(len(source) - 1).bit_length() for source in mixture.sources} for mixture in (self, other)]
+        if self.seed != other.seed or sizes[0].isdisjoint(sizes[1]):
+            return self
+        return Mixture(list(zip(self.sources, self.weights, strict=True)), hash64("apart", self.seed))
 
     def draw(self, k: int) -> tuple[int, int]:
         """Position k = 0, 1, 2, ... -> (source_index, sample_index). Costs one block, wherever k is."""
@@ -117,11 +140,11 @@ def check_weight(weight: float | Mapping[Any, float], what: str = "weight") -> N
 
 def _phases(weights: Sequence[Weight], seed: int) -> list[Phase]:
     """Where any weight changes a phase begins; sources go on where their earlier phases left them."""
-    curricula = [weight if isinstance(weight, Mapping) else {0: weight} for weight in weights]
     phases: list[Phase] = []
     walked = (0,) * len(weights)
-    for start in sorted({0, *(start for curriculum in curricula for start in curriculum)}):
-        now = [_weight_at(curriculum, start) for curriculum in curricula]
+    changes = {start for weight in weights if isinstance(weight, Mapping) for start in weight}
+    for start in sorted({0, *changes}):
+        now = [_weight_at(weight, start) for weight in weights]
         if not any(now):
             raise ValueError(f"no source has a weight from position {start} on: give at least one")
         if phases:
@@ -137,7 +160,10 @@ def _phases(weights: Sequence[Weight], seed: int) -> list[Phase]:
     return phases
 
 
-def _weight_at(curriculum: Mapping[int, float], position: int) -> float:
+def _weight_at(curriculum: Weight, position: int) -> float:
+    """The weight at a position."""
+    if not isinstance(curriculum, Mapping):
+        return curriculum
     started = [start for start in curriculum if start <= position]
     return curriculum[max(started)] if started else 0.0
 

@@ -171,7 +171,8 @@ def join(samples: Sequence[Encoded]) -> PackedBatch:
 
 
 def _channels_first(tiles: Sequence[np.ndarray]) -> Tensor:
-    """uint8 `[n, S, S, 3]` of each sample -> `[N, 3, S, S]`, every byte copied once."""
+    """uint8 `[n, S, S, 3]` of each sample -> `[N, 3, S, S]`, every byte copied once, and whole planes at a time where
+    they lie so (`HovleImageProcessor.tiles`)."""
     _, height, width, channels = tiles[0].shape
     out = np.empty((sum(map(len, tiles)), channels, height, width), np.uint8)
     start = 0

@@ -10,7 +10,6 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from functools import partial
 from itertools import count
 from types import TracebackType
@@ -119,10 +118,13 @@ class Loader(ABC):
         def read(positions: Iterable[int]) -> Iterable[Encoded | None]:
             return threads.map(get, positions) if threads else map(get, positions)
 
-        with threads or nullcontext():
+        try:
             prepared = self.steps(start_step, state, read)
             for step in count(start_step) if stop_step is None else range(start_step, stop_step):
                 yield step, *next(prepared)
+        finally:
+            if threads:
+                threads.shutdown(cancel_futures=True)
 
 
 class _Closed(Exception):

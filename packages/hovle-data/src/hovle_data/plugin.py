@@ -54,9 +54,17 @@ def hovle_commands(cli: Any) -> None:
 def _add_build(commands: Any) -> None:
     parser = _command(commands, "build", "write shards with an index; started again, it goes on where it was")
     parser.add_argument("out", metavar="OUT", help="folder to write; it appears when it is complete")
-    parser.add_argument("--samples-per-shard", type=int, metavar="N", help="default: 1000, or the file's own")
+    parser.add_argument(
+        "--samples-per-shard", type=_count, metavar="N", help="default: 1000, or the file's own"
+    )
     parser.add_argument("--processor", metavar="CHECKPOINT", help="count tokens and tiles with its processor")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    parser.add_argument(
+        "--max-bad-share",
+        type=float,
+        metavar="X",
+        help="of samples; more fail (default: 0.01, or the file's own)",
+    )
+    parser.add_argument("--workers", type=_count, metavar="N", help="processes (default: one a core)")
     parser.add_argument(
         "--restart", action="store_true", help="throw away what an earlier build left unfinished"
     )
@@ -69,9 +77,9 @@ def _add_validate(commands: Any) -> None:
     parser.add_argument("--no-images", action="store_true", help="do not decode pictures")
     parser.add_argument("--processor", metavar="CHECKPOINT", help="also encode every sample")
     parser.add_argument(
-        "--max-tokens", type=int, metavar="N", help="name samples that are longer (--processor)"
+        "--max-tokens", type=_count, metavar="N", help="name samples that are longer (--processor)"
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    parser.add_argument("--workers", type=_count, metavar="N", help="processes (default: one a core)")
 
 
 def _add_inspect(commands: Any) -> None:
@@ -107,12 +115,26 @@ def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str) -> int:
+    """A number that is at least 1; argparse says which option has another."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
 def _run(name: str) -> Any:
     """The function of `commands`, imported when it runs: `hovle --help` has no use for pydantic."""
 
     def run(args: argparse.Namespace) -> int:
         from hovle_data import commands
 
-        return int(getattr(commands, name)(args))
+        try:
+            return int(getattr(commands, name)(args))
+        except (FileNotFoundError, BrokenPipeError):  # which the hovle command knows
+            raise
+        except (
+            OSError
+        ) as error:  # no permission, no room, a folder where a file belongs, an unreachable store
+            raise ValueError(str(error)) from error
 
     return run

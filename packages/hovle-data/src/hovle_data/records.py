@@ -1,8 +1,8 @@
 """One sample as members of a tar, there and back: K.json and its pictures K.0.png, K.1.jpg, ...
 
-K.json is {"text" | "messages", "images": count, "meta"}. Of anyone's tars K.txt and any pictures are read too, also
-beside a K.json that has neither text nor messages, as img2dataset writes them. Members of other kinds (.cls, .npy,
-.pyd, ...) are not looked at: nothing is ever unpickled.
+K.json is {"text" | "messages", "images": count, "meta"}. Of anyone's tars any pictures are read too, and where such a
+K.json has neither text nor messages its `conversations` (LLaVA), else K.txt, else its `caption` (img2dataset). Members
+of other kinds (.cls, .npy, .pyd, ...) are not looked at: nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -13,10 +13,17 @@ from typing import Any
 
 from hovle_data.decode import image_suffix
 from hovle_data.schema import BadSample, Sample
+from hovle_data.sources.rows import parse_row
 
 MAX_KEY_BYTES = 80  # a ustar name holds 100 bytes: key, number of the picture, suffix
 IMAGE_SUFFIXES = frozenset(
-    {"png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "avif"}
+    {"png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "avif"}
+)
+UNREAD_SUFFIXES = (
+    frozenset(  # pictures and videos that nothing here decodes: to leave them out would change the sample
+        {"heic", "heif", "jp2", "j2k", "jxl", "svg", "psd", "tga", "ico", "dng", "cr2", "nef", "arw"}
+        | {"mp4", "webm", "mov", "avi", "mkv", "m4v"}
+    )
 )
 
 
@@ -70,14 +77,19 @@ def from_fields(key: str, source: str, fields: dict[str, bytes]) -> Sample:
             raise BadSample(key, source, f"bad json: {error}") from error
         if not isinstance(record, dict):
             raise BadSample(key, source, f"bad json: {type(record).__name__} where an object belongs")
-    text = record.get("text")
-    if text is None and record.get("messages") is None and "txt" in fields:
-        text = _decoded("txt", key, source, fields)
-    pictures = sorted((f for f in fields if f.rpartition(".")[2].lower() in IMAGE_SUFFIXES), key=_natural)
+    if unread := sorted(f for f in fields if suffix_of(f) in UNREAD_SUFFIXES):
+        raise BadSample(key, source, f"format is not read: {key}.{unread[0]}")
+    pictures = sorted((f for f in fields if suffix_of(f) in IMAGE_SUFFIXES), key=_natural)
+    text, messages = record.get("text"), record.get("messages")
+    if text is None and messages is None:
+        if record.get("conversations") is not None:
+            row = {"conversations": record["conversations"], "images": pictures}
+            messages = list(parse_row(row, key, source).messages or ())
+        else:
+            text = _decoded("txt", key, source, fields) if "txt" in fields else record.get("caption")
     count = record.get("images")
     if isinstance(count, int) and count != len(pictures):
         raise BadSample(key, source, f"missing image: {len(pictures)} of {count} are in the shard")
-    messages = record.get("messages")
     if messages is not None and not isinstance(messages, list):
         raise BadSample(key, source, f"bad json: messages is {type(messages).__name__} where a list belongs")
     meta = record.get("meta")
@@ -90,6 +102,11 @@ def from_fields(key: str, source: str, fields: dict[str, bytes]) -> Sample:
         messages=None if messages is None else tuple(messages),
         meta=meta or {},
     )
+
+
+def suffix_of(name: str) -> str:
+    """What follows the last dot of a name, in small letters; webdataset's fields may have none."""
+    return name.rpartition(".")[2].lower()
 
 
 def _decoded(field: str, key: str, source: str, fields: dict[str, bytes]) -> str:

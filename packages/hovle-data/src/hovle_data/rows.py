@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from hovle_data.packing import PackedBatch, best_fit, join
@@ -11,8 +11,8 @@ from hovle_data.pipeline import Loader, Read, SampleStream, State
 if TYPE_CHECKING:
     from hovle_core.processor import Encoded
 
-READ_AHEAD = 16  # positions read at a time; fixed, so that the number of threads changes no row
-MAX_EMPTY_READS = 64  # reads in a row without a usable sample, after which waiting for one is hopeless
+READ_SIZE = 8  # positions read at a time; fixed, so that the number of threads changes no row
+MAX_EMPTY_READS = 128  # reads in a row without a usable sample, after which waiting for one is hopeless
 
 
 class RowLoader(Loader):
@@ -24,7 +24,7 @@ class RowLoader(Loader):
     of `state`, as positions.
 
     window: how many rows' worth of samples (tokens or tiles, whichever comes first) a lane holds to choose
-        from; also the bound on its memory.
+        from; with two reads of READ_SIZE samples, the second by threads ahead of its use, the bound on its memory.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Lane:
         self.loader = loader
         self.num_read, *self._to_restore = state
         self._waiting: dict[int, Encoded] = {}  # position -> sample, oldest first
+        self._coming: tuple[range, Iterable[Encoded | None]] | None = None
 
     @property
     def state(self) -> list[int]:
@@ -85,7 +86,7 @@ class Lane:
 
     def restore(self, read: Read) -> None:
         """Read again what waited when the state was saved."""
-        self._keep(self._to_restore, read)
+        self._keep(self._to_restore, read(self._to_restore))
 
     def row(self, read: Read) -> PackedBatch:
         """The next row. Raises ValueError if no sample of a long stretch is usable."""
@@ -101,22 +102,25 @@ class Lane:
         while self._tokens() < loader.window * loader.max_tokens and (
             self._tiles() < loader.window * loader.max_tiles
         ):
-            first = self.number + self.num_read * loader.global_batch_rows
-            stop = first + READ_AHEAD * loader.global_batch_rows
-            empty_reads = (
-                0 if self._keep(range(first, stop, loader.global_batch_rows), read) else empty_reads + 1
-            )
-            self.num_read += READ_AHEAD
+            positions, samples = self._coming or self._begin(read)
+            self.num_read += READ_SIZE
+            self._coming = self._begin(read)  # threads go on with these while rows are joined and trained on
+            empty_reads = 0 if self._keep(positions, samples) else empty_reads + 1
             if empty_reads == MAX_EMPTY_READS:
                 raise ValueError(
-                    f"{MAX_EMPTY_READS * READ_AHEAD} samples in a row are bad, up to position {stop}: the quarantine "
-                    "ledger names them"
+                    f"{MAX_EMPTY_READS * READ_SIZE} samples in a row are bad, up to position {positions.stop}: the "
+                    "quarantine ledger names them"
                 )
 
-    def _keep(self, positions: range | list[int], read: Read) -> bool:
-        found = {
-            k: sample for k, sample in zip(positions, read(positions), strict=True) if sample is not None
-        }
+    def _begin(self, read: Read) -> tuple[range, Iterable[Encoded | None]]:
+        """The next positions to read, and their samples as they come."""
+        stride = self.loader.global_batch_rows
+        first = self.number + self.num_read * stride
+        positions = range(first, first + READ_SIZE * stride, stride)
+        return positions, read(positions)
+
+    def _keep(self, positions: Sequence[int], samples: Iterable[Encoded | None]) -> bool:
+        found = {k: sample for k, sample in zip(positions, samples, strict=True) if sample is not None}
         self._waiting |= found
         return bool(found)
 

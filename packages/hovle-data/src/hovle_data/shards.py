@@ -211,7 +211,8 @@ class ShardSource:
             path = self.folder.local(INDEX_NAME)
         except FileNotFoundError:
             return None, 0.0
-        return ShardIndex.read(path, lambda: self.folder.local(RECORDS_NAME)), path.stat().st_mtime
+        written = path.stat().st_mtime
+        return ShardIndex.read(path, lambda: self.folder.local(RECORDS_NAME)), written
 
     def _open_shard(
         self, name: str, indexed: ShardInfo | None, file: FileState | None, index_time: float

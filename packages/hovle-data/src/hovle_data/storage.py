@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import os
 import shutil
+import time
 from pathlib import Path, PurePosixPath
 from secrets import token_hex
 from typing import Any, BinaryIO, NamedTuple, cast
 
+logger = logging.getLogger(__name__)
+
 GIB = 2**30
+PAUSES = (
+    0.5,
+    2.0,
+)  # seconds before a read that failed is tried again: a store's hiccup must not cost a sample
+ABANDONED = 3600  # seconds after which an unfinished download is nobody's
 
 
 def is_url(path: str | Path) -> bool:
@@ -33,25 +43,37 @@ class FileCache:
 
     def local(self, fs: Any, path: str) -> Path:
         """The local copy. Raises OSError when the file cannot be had."""
+        with self.open(fs, path) as file:
+            return Path(file.name)
+
+    def open(self, fs: Any, path: str) -> BinaryIO:
+        """The local copy, open: it can be read whoever makes room meanwhile. Raises OSError as `local` does."""
         name = hashlib.sha256(f"{fs.unstrip_protocol(path)} {fs.ukey(path)}".encode()).hexdigest()[:32]
         copy = self.folder / (name + PurePosixPath(path).suffix)
-        if not copy.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._make_room(fs.size(path) or 0)
-            part = copy.with_name(f"{copy.name}.{os.getpid()}-{token_hex(4)}.part")
+        for _ in range(4):
             try:
-                fs.get_file(path, str(part))
-                part.replace(copy)
-            finally:
-                part.unlink(missing_ok=True)
-        os.utime(copy)  # used now
-        return copy
+                file = copy.open("rb")
+                os.utime(file.fileno())  # used now
+                return file
+            except FileNotFoundError:  # not there yet, or not any more
+                self._download(fs, path, copy)
+        raise OSError(f"{path}: copies in {self.folder} go before they can be opened; raise cache_gib")
 
     def clear(self) -> int:
         """Delete all copies; returns how many bytes they took."""
         freed = sum(size for _, size, _ in self._files())
         shutil.rmtree(self.folder, ignore_errors=True)
         return freed
+
+    def _download(self, fs: Any, path: str, copy: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_room(fs.size(path) or 0)
+        part = copy.with_name(f"{copy.name}.{os.getpid()}-{token_hex(4)}.part")
+        try:
+            fs.get_file(path, str(part))
+            part.replace(copy)
+        finally:
+            part.unlink(missing_ok=True)
 
     def _files(self) -> list[tuple[float, int, str]]:
         if not self.folder.is_dir():
@@ -60,9 +82,11 @@ class FileCache:
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 try:
-                    found.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
+                    stat = entry.stat()
                 except FileNotFoundError:  # another process made room meanwhile
                     continue
+                if not entry.name.endswith(".part") or stat.st_mtime < time.time() - ABANDONED:
+                    found.append((stat.st_mtime, stat.st_size, entry.path))
         return sorted(found)
 
     def _make_room(self, wanted: int) -> None:
@@ -105,18 +129,25 @@ class Folder:
         return {name: FileState(stat.st_size, stat.st_mtime) for name, stat in found}
 
     def walk(self, suffixes: tuple[str, ...]) -> list[str]:
-        """Names of all files here and below that end so, relative and with "/", sorted."""
-        found = []
-        for root, _, names in os.walk(self.path):
+        """Names of all files here and below that end so, relative and with "/", sorted. Links are followed, and no
+        folder is walked twice."""
+        found, walked = [], set[str]()
+        for root, folders, names in os.walk(self.path, followlinks=True):
+            real = os.path.realpath(root)
+            if real in walked:
+                folders.clear()
+                continue
+            walked.add(real)
+            folders.sort()
             below = os.path.relpath(root, self.path).replace(os.sep, "/")
             found += [n if below == "." else f"{below}/{n}" for n in names if n.lower().endswith(suffixes)]
         return sorted(found)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes start..stop-1 of a file; fewer where it ends before."""
-        with (Path(self.path) / name).open("rb", buffering=0) as file:
+        with self.open(name) as file:
             file.seek(start)
-            return file.read(-1 if stop is None else stop - start) or b""
+            return file.read(-1 if stop is None else stop - start)
 
     def open(self, name: str) -> BinaryIO:
         return (Path(self.path) / name).open("rb")
@@ -166,17 +197,38 @@ class RemoteFolder(Folder):
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         if self.keeps:
-            path = self.local(name)
-            return Folder(path.parent).read(path.name, start, stop)
-        return cast(bytes, self._try(self.fs.cat_file, f"{self.root}/{name}", start=start, end=stop))
+            return super().read(name, start, stop)
+        path = f"{self.root}/{name}"
+        try:
+            return cast(bytes, self._patiently(self.fs.cat_file, path, start=start, end=stop))
+        except OSError as error:
+            if (
+                error.errno == errno.EINVAL and self._try(self.fs.size, path) <= start
+            ):  # S3 refuses such a range
+                return b""
+            raise
 
     def open(self, name: str) -> BinaryIO:
         if self.keeps:
-            return self.local(name).open("rb")
+            return cast(BinaryIO, self._patiently(self.cache.open, self.fs, f"{self.root}/{name}"))
         return cast(BinaryIO, self._try(self.fs.open, f"{self.root}/{name}", "rb"))
 
     def local(self, name: str) -> Path:
-        return cast(Path, self._try(self.cache.local, self.fs, f"{self.root}/{name}"))
+        return cast(Path, self._patiently(self.cache.local, self.fs, f"{self.root}/{name}"))
+
+    def _patiently(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        """`_try`, again after each of PAUSES unless the store has made plain that it is no use."""
+        for pause in PAUSES:
+            try:
+                return self._try(call, *args, **kwargs)
+            except (FileNotFoundError, PermissionError):
+                raise
+            except OSError as error:
+                if error.errno == errno.EINVAL:  # what is asked for is wrong, and stays so
+                    raise
+                logger.warning("%s; trying again in %s s", error, pause)
+                time.sleep(pause)
+        return self._try(call, *args, **kwargs)
 
     def _try(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -194,6 +246,24 @@ def open_folder(
 ) -> Folder:
     """The folder at a path or URL. Raises ValueError for a protocol that nothing installed speaks."""
     return RemoteFolder(str(path), cache_gib, storage_options) if is_url(path) else Folder(path)
+
+
+class LocalFile:
+    """A file given by path or URL, on this machine; copied anew where the cache has forgotten it.
+
+    Raises FileNotFoundError or ValueError naming it.
+    """
+
+    def __init__(self, path: str | Path, storage_options: dict[str, Any] | None = None) -> None:
+        self.path, self.storage_options = str(path), storage_options
+        self.local = local_file(path, storage_options)
+
+    def open(self) -> BinaryIO:
+        try:
+            return self.local.open("rb")
+        except FileNotFoundError:
+            self.local = local_file(self.path, self.storage_options)
+            return self.local.open("rb")
 
 
 def local_file(path: str | Path, storage_options: dict[str, Any] | None = None) -> Path:

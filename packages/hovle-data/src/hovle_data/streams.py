@@ -196,7 +196,9 @@ class UnpairedStream(Stream):
         low, high = text_tokens
         if not 1 <= low <= high:
             raise ValueError(f"text_tokens={text_tokens}: give (min, max) with 1 <= min <= max")
-        self.texts = texts
+        self.texts = texts.apart_from(
+            images
+        )  # captions of the same pairs must not come back to their pictures
         self.text_tokens = text_tokens
         self._paragraph = lru_cache(maxsize=cached_paragraphs)(self._tokenize)
 

@@ -107,20 +107,23 @@ def _refusals(sample: Sample, limits: Limits) -> Iterator[str]:
 def _duplicates(source: Source, hashes: NDArray[np.uint64]) -> list[BadSample]:
     """Samples whose id came before. Eight bytes a sample find the candidates; those are read again and compared."""
     _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-    first: dict[str, str] = {}
+    first: dict[str, tuple[str, Any]] = {}
     found = []
     for i in np.flatnonzero((counts[inverse] > 1) & (hashes != 0)).tolist():
         sample, where = read_row(source, i), place(source, i)
-        name = _id(sample)
-        if name in first:
-            found.append(BadSample(sample.key, where, f"duplicate id: {name}, first in {first[name]}"))
-        else:
-            first[name] = where
+        name, row = _id(sample), sample.meta.get("from")
+        if name not in first:
+            first[name] = where, row
+        elif row != first[name][1] or ":" not in str(
+            row
+        ):  # the same line again: a repetition that was asked for
+            found.append(BadSample(sample.key, where, f"duplicate id: {name}, first in {first[name][0]}"))
     return found
 
 
 def _id(sample: Sample) -> str:
-    return str(sample.meta.get("id", sample.key))
+    name = str(sample.meta.get("id", sample.key))
+    return f"{sample.meta['set']}/{name}" if "set" in sample.meta else name
 
 
 def _length(source: Source) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hovle_data.schema import BadSample, Sample
 from hovle_data.sources.rows import parse_row
 from hovle_data.sources.spans import Chained, Spans, scan_json_list, scan_lines
-from hovle_data.storage import Folder, is_url, local_file, open_folder
+from hovle_data.storage import Folder, LocalFile, is_url, open_folder
 
 
 class AnnotationSource:
@@ -32,14 +33,15 @@ class AnnotationSource:
         storage_options: dict[str, Any] | None = None,
     ) -> None:
         self.name = name or Path(str(path)).stem
-        file = local_file(path, storage_options)
         scan = scan_lines if str(path).endswith(".jsonl") else scan_json_list
-        self.rows: Spans = scan(file, str(path))
+        self.rows: Spans = scan(LocalFile(path, storage_options))
         folder = str(path).rpartition("/")[0] or "."
         self.root: Folder = open_folder(folder if root is None else root, storage_options=storage_options)
         if repeat_time <= 0 or (repeat_time > 1 and repeat_time != int(repeat_time)):
             raise ValueError(f"repeat_time={repeat_time} of {path}: give a whole number, or a share below 1")
         self.num_unique = len(self.rows) if repeat_time >= 1 else int(len(self.rows) * repeat_time)
+        if len(self.rows) and not self.num_unique:
+            raise ValueError(f"repeat_time={repeat_time} of {path} leaves none of its {len(self.rows)} rows")
         self._length = self.num_unique * max(1, int(repeat_time))
 
     def __len__(self) -> int:
@@ -83,7 +85,8 @@ class InternVLSource:
             self.sets = {self.name: AnnotationSource(path, root, self.name, 1, storage_options)}
         else:
             self.sets = dict(_open_sets(path, root, storage_options))
-        self._keys = _distinct(list(self.sets))
+        self._names = list(self.sets)
+        self._keys = _distinct(self._names)
         self._parts = list(self.sets.values())
         # every row once, then the repetitions
         self._once = Chained(part.num_unique for part in self._parts)
@@ -106,9 +109,9 @@ class InternVLSource:
     def __getitem__(self, i: int) -> Sample:
         part, j = self._locate(i)
         sample = self._parts[part][j]
-        return Sample(
-            f"{self._keys[part]}-{sample.key}", sample.images, sample.text, sample.messages, sample.meta
-        )
+        # ids are unique within a set only
+        meta = {**sample.meta, "set": self._names[part]} if len(self._names) > 1 else sample.meta
+        return replace(sample, key=f"{self._keys[part]}-{sample.key}", meta=meta)
 
 
 def read_image(root: Folder, name: Any, key: str, where: str) -> bytes:
@@ -129,7 +132,8 @@ def _open_sets(
     path: str | Path, root: str | Path | None, options: dict[str, Any] | None
 ) -> list[tuple[str, AnnotationSource]]:
     try:
-        meta = json.loads(local_file(path, options).read_bytes())
+        with LocalFile(path, options).open() as file:
+            meta = json.loads(file.read())
     except ValueError as error:
         raise ValueError(f"{path}: not a meta file: {error}") from error
     if not isinstance(meta, dict) or not meta:
@@ -146,6 +150,8 @@ def _open_sets(
         annotation = _beside(path, entry["annotation"])
         folder = root if root is not None else _beside(path, entry["root"]) if entry.get("root") else None
         found.append((name, AnnotationSource(annotation, folder, name, repeat_time, options)))
+        if not len(found[-1][1]):
+            raise ValueError(f"{path}: set {name!r}: {annotation} holds no rows; leave it out")
     return found
 
 

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hovle_data.records import IMAGE_SUFFIXES
+from hovle_data.records import IMAGE_SUFFIXES, UNREAD_SUFFIXES, suffix_of
 from hovle_data.schema import BadSample, Sample
 from hovle_data.sources.chats import read_image
 from hovle_data.sources.rows import parse_row
 from hovle_data.storage import open_folder
 
+logger = logging.getLogger(__name__)
+
+MAX_LOGGED = 5
+
 
 class ImageFolderSource:
     """Pictures below a folder or URL, sorted by name; cat.jpg takes its text from cat.txt or cat.json.
 
-    A .txt is the caption; a .json holds `text` or `caption`, or `conversations` or `messages` about the picture.
+    A .txt is the caption; a .json holds `text` or `caption`, or `conversations` or `messages` about the picture. What a
+    person would miss is logged and listed in `problems`: pictures of formats that are not read, and, where pictures
+    have texts, a text whose picture is missing.
 
     sidecars: False reads the pictures alone.
     """
@@ -33,11 +40,25 @@ class ImageFolderSource:
         if not self.folder.exists():
             raise ValueError(f"path={path} is no folder; give a folder of pictures")
         files = self.folder.walk(("",))
-        self.pictures = [f for f in files if f.rpartition(".")[2].lower() in IMAGE_SUFFIXES]
+        self.pictures = [f for f in files if suffix_of(f) in IMAGE_SUFFIXES]
         if not self.pictures:
             raise ValueError(f"path={path} holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))})")
         texts = {f for f in files if f.endswith((".txt", ".json"))} if sidecars else set()
         self.texts = [_beside(picture, texts) for picture in self.pictures]
+        self.problems = [
+            f"{self.folder}/{f}: format is not read" for f in files if suffix_of(f) in UNREAD_SUFFIXES
+        ]
+        if any(self.texts):
+            stems = {_stem(picture) for picture in self.pictures}
+            self.problems += [
+                f"{self.folder}/{text}: text without a picture"
+                for text in sorted(texts)
+                if _stem(text) not in stems
+            ]
+        for problem in self.problems[:MAX_LOGGED]:
+            logger.warning("%s", problem)
+        if len(self.problems) > MAX_LOGGED:
+            logger.warning("%s: %d more such files", self.folder, len(self.problems) - MAX_LOGGED)
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -72,5 +93,9 @@ class ImageFolderSource:
 
 
 def _beside(picture: str, texts: set[str]) -> str | None:
-    stem = picture.rpartition(".")[0]
+    stem = _stem(picture)
     return next((name for name in (f"{stem}.txt", f"{stem}.json") if name in texts), None)
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -55,7 +55,7 @@ def _messages(talk: Any, images: tuple[Any, ...] | None, key: str, where: str) -
             raise BadSample(key, where, f"bad conversation: turn {number} is {type(turn).__name__}")
         role = turn.get("from") if "from" in turn else turn.get("role")
         content = turn.get("value") if "value" in turn else turn.get("content")
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise BadSample(
                 key, where, f"unknown role: {role!r} in turn {number}, known are {', '.join(ROLES)}"
             )

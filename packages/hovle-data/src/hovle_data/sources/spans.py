@@ -8,9 +8,9 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
-from pathlib import Path
 
 from hovle_data.schema import BadSample
+from hovle_data.storage import LocalFile
 
 _JSON = json.JSONDecoder()
 _SPACE = " \t\r\n"
@@ -36,10 +36,9 @@ class Chained:
 
 @dataclass
 class Spans:
-    """Pieces of one file. file: on this machine. label: as the user named it. problem: why what follows is lost."""
+    """Pieces of one file. problem: why what follows is lost."""
 
-    file: Path
-    label: str
+    file: LocalFile
     starts: array[int] = field(default_factory=lambda: array("q"))
     ends: array[int] = field(default_factory=lambda: array("q"))
     lines: array[int] = field(default_factory=lambda: array("q"))
@@ -57,7 +56,7 @@ class Spans:
         return self.lines[i]
 
     def where(self, i: int) -> str:
-        return f"{self.label}:{self.line(i)}"
+        return f"{self.file.path}:{self.line(i)}"
 
     def text(self, i: int, key: str) -> str:
         """Piece i. Raises `BadSample` where it is not UTF-8, or stands for what cannot be found."""
@@ -65,19 +64,19 @@ class Spans:
             assert self.problem is not None
             raise BadSample(key, self.where(i), self.problem)
         try:
-            with self.file.open("rb", buffering=0) as file:
+            with self.file.open() as file:
                 file.seek(self.starts[i])
-                return (file.read(self.ends[i] - self.starts[i]) or b"").decode("utf-8-sig")
+                return file.read(self.ends[i] - self.starts[i]).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise BadSample(key, self.where(i), f"not UTF-8: {error}") from error
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a URL that cannot be read any more
             raise BadSample(key, self.where(i), f"unreadable file: {error}") from error
 
 
-def scan_lines(file: Path, label: str) -> Spans:
+def scan_lines(file: LocalFile) -> Spans:
     """Every line that is not blank."""
-    spans, start = Spans(file, label), 0
-    with file.open("rb") as lines:
+    spans, start = Spans(file), 0
+    with file.open() as lines:
         for number, line in enumerate(lines, 1):
             if not line.isspace():
                 spans.add(start, start + len(line), number)
@@ -85,11 +84,11 @@ def scan_lines(file: Path, label: str) -> Spans:
     return spans
 
 
-def scan_paragraphs(file: Path, label: str) -> Spans:
+def scan_paragraphs(file: LocalFile) -> Spans:
     """Lines up to the next blank one."""
-    spans, start, first = Spans(file, label), 0, 0
+    spans, start, first = Spans(file), 0, 0
     begin = None
-    with file.open("rb") as lines:
+    with file.open() as lines:
         for number, line in enumerate(lines, 1):
             if line.isspace():
                 if begin is not None:
@@ -103,15 +102,17 @@ def scan_paragraphs(file: Path, label: str) -> Spans:
     return spans
 
 
-def scan_json_list(file: Path, label: str) -> Spans:
+def scan_json_list(file: LocalFile) -> Spans:
     """The elements of a JSON list, one by one: each is read, and can be broken, by itself."""
-    spans = Spans(file, label)
+    spans = Spans(file)
+    with file.open() as opened:
+        content = opened.read()
     # latin-1 gives each byte one character, so positions are byte offsets; the text itself is decoded later
-    text = file.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("latin-1")
-    shift = file.stat().st_size - len(text)
+    text = content.removeprefix(b"\xef\xbb\xbf").decode("latin-1")
+    shift = len(content) - len(text)
     position, line, counted = _skip(text, 0), 1, 0
     if text[position : position + 1] != "[":
-        raise ValueError(f"{label} is no JSON list")
+        raise ValueError(f"{file.path} is no JSON list")
     position = _skip(text, position + 1)
     if text[position : position + 1] == "]":
         return spans

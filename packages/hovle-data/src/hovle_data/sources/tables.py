@@ -13,7 +13,7 @@ from hovle_data.schema import BadSample, Sample
 from hovle_data.sources.chats import read_image
 from hovle_data.sources.rows import parse_row
 from hovle_data.sources.spans import Chained
-from hovle_data.storage import Folder, local_file, open_folder
+from hovle_data.storage import Folder, LocalFile, open_folder
 
 FIELDS = ("id", "image", "images", "text", "caption", "messages", "conversations")
 
@@ -37,21 +37,23 @@ class ParquetSource:
         self.name = name or Path(str(path).rstrip("/")).stem
         if str(path).endswith(".parquet"):
             self.folder = open_folder(str(path).rpartition("/")[0] or ".", storage_options=storage_options)
-            files = [(local_file(path, storage_options), str(path))]
+            names = [str(path)]
         else:
             self.folder = open_folder(path, storage_options=storage_options)
-            files = [(self.folder.local(n), f"{path}/{n}") for n in sorted(self.folder.files(".parquet"))]
-        if not files:
+            if not self.folder.exists():
+                raise ValueError(f"path={path} is no folder; give a .parquet file or a folder of them")
+            names = [f"{str(path).rstrip('/')}/{name}" for name in sorted(self.folder.files(".parquet"))]
+        if not names:
             raise ValueError(f"path={path} holds no .parquet")
-        self.groups: list[tuple[str, str, int, int]] = []  # file, label, row group, its first row in the file
+        self.groups: list[tuple[LocalFile, int, int]] = []  # file, row group, its first row in the file
         lengths = []
-        for file, label in files:
-            opened = parquet.ParquetFile(file)
-            columns = _columns(columns, opened.schema_arrow.names, label)
-            first = 0
-            for group in range(opened.num_row_groups):
-                self.groups.append((str(file), label, group, first))
-                lengths.append(opened.metadata.row_group(group).num_rows)
+        for name in names:
+            file, first = LocalFile(name, storage_options), 0
+            metadata, schema = _footer(file, parquet)
+            columns = _columns(columns, schema.names, name)
+            for group in range(metadata.num_row_groups):
+                self.groups.append((file, group, first))
+                lengths.append(metadata.row_group(group).num_rows)
                 first += lengths[-1]
         self.columns = dict(columns or {})
         self._chained = Chained(lengths)
@@ -61,21 +63,25 @@ class ParquetSource:
 
     def where(self, i: int) -> str:
         group, j = self._chained.locate(i)
-        return f"{self.groups[group][1]}:row {self.groups[group][3] + j}"
+        file, _, first = self.groups[group]
+        return f"{file.path}:row {first + j}"
 
     def __getitem__(self, i: int) -> Sample:
         group, j = self._chained.locate(i)
-        file, _, number, _ = self.groups[group]
+        file, number, _ = self.groups[group]
         try:
             table = _row_group(file, number, tuple(self.columns.values()))
-        except OSError as error:  # pyarrow's own errors for damaged files are OSErrors
+        except (OSError, ValueError) as error:  # pyarrow's own errors are one or the other
             raise BadSample(f"{i:08d}", self.where(i), f"unreadable row group: {error}") from error
         row = {ours: table.column(theirs)[j].as_py() for ours, theirs in self.columns.items()}
         return row_sample(row, f"{i:08d}", self.where(i), self.folder)
 
 
 class DatasetsSource:
-    """What `datasets.Dataset.save_to_disk` wrote. split: of a DatasetDict. columns: see `ParquetSource`."""
+    """What `datasets.Dataset.save_to_disk` wrote; by URL it is copied first. split: of a DatasetDict.
+
+    columns: see `ParquetSource`.
+    """
 
     def __init__(
         self,
@@ -83,16 +89,21 @@ class DatasetsSource:
         split: str | None = None,
         columns: Mapping[str, str] | None = None,
         name: str | None = None,
+        storage_options: dict[str, Any] | None = None,
     ) -> None:
         datasets = _optional("datasets", "datasets")
-        if not Path(path).is_dir():
-            raise ValueError(f"path={path} is no folder; give one that Dataset.save_to_disk wrote")
-        table = datasets.load_from_disk(str(path))
+        self.folder = open_folder(path, storage_options=storage_options)
+        try:
+            table = datasets.load_from_disk(str(path), storage_options=storage_options)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"path={path}: give a folder that Dataset.save_to_disk wrote ({error})"
+            ) from error
         if isinstance(table, datasets.DatasetDict):
             if split not in table:
                 raise ValueError(f"split={split!r} of {path}: give one of {', '.join(table)}")
             table = table[split]
-        self.name = name or Path(path).resolve().name
+        self.name = name or self.folder.name
         self.path = str(path)
         self.columns = _columns(columns, table.column_names, str(path))
         # arrow: rows as they are stored, pictures as their files' bytes
@@ -109,7 +120,7 @@ class DatasetsSource:
         row = self.table[i].to_pylist()[0]
         return row_sample(
             {ours: row[theirs] for ours, theirs in self.columns.items()},
-            f"{i:08d}", self.where(i), Folder(self.path),
+            f"{i:08d}", self.where(i), self.folder,
         )  # fmt: skip
 
 
@@ -149,11 +160,21 @@ def _columns(given: Mapping[str, str] | None, present: list[str], where: str) ->
     return dict(given)
 
 
+def _footer(file: LocalFile, parquet: Any) -> tuple[Any, Any]:
+    """Metadata and schema. Raises ValueError naming a file that is no Parquet."""
+    with file.open() as opened:
+        try:
+            table = parquet.ParquetFile(opened)
+        except (ValueError, OSError) as error:  # pyarrow's own errors are one or the other
+            raise ValueError(f"{file.path} is no Parquet file: {error}") from error
+        return table.metadata, table.schema_arrow
+
+
 @lru_cache(maxsize=2)
-def _row_group(file: str, group: int, columns: tuple[str, ...]) -> Any:
-    return (
-        _optional("pyarrow.parquet", "parquet").ParquetFile(file).read_row_group(group, columns=list(columns))
-    )
+def _row_group(file: LocalFile, group: int, columns: tuple[str, ...]) -> Any:
+    parquet = _optional("pyarrow.parquet", "parquet")
+    with file.open() as opened:
+        return parquet.ParquetFile(opened).read_row_group(group, columns=list(columns))
 
 
 def _optional(module: str, extra: str) -> Any:

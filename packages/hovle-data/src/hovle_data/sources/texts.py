@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from hovle_data.schema import BadSample, Sample
 from hovle_data.sources.spans import Chained, Spans, scan_lines, scan_paragraphs
-from hovle_data.storage import local_file, open_folder
+from hovle_data.storage import LocalFile, open_folder
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
 Split = Literal["paragraph", "line", "file"]
@@ -32,14 +32,14 @@ class TextSource:
         self.name = name or Path(str(path).rstrip("/")).stem
         folder = open_folder(path, storage_options=storage_options)
         if str(path).endswith(TEXT_SUFFIXES):
-            files = [(local_file(path, storage_options), str(path))]
+            names = [str(path)]
         elif folder.exists():
-            files = [(folder.local(name), f"{folder}/{name}") for name in folder.walk(TEXT_SUFFIXES)]
+            names = [f"{folder}/{name}" for name in folder.walk(TEXT_SUFFIXES)]
         else:
             raise FileNotFoundError(2, "No such file or folder", str(path))
-        if not files:
+        if not names:
             raise ValueError(f"path={path} holds no text ({', '.join(TEXT_SUFFIXES)})")
-        self.files = [_scan(file, label, split) for file, label in files]
+        self.files = [_scan(LocalFile(name, storage_options), split) for name in names]
         self._chained: Chained = Chained(len(spans) for spans in self.files)
 
     def __len__(self) -> int:
@@ -53,7 +53,7 @@ class TextSource:
         part, j = self._chained.locate(i)
         spans, key = self.files[part], f"{i:08d}"
         text = spans.text(j, key)
-        if not spans.label.endswith(".jsonl"):
+        if not spans.file.path.endswith(".jsonl"):
             return Sample(key, text=text.strip("\r\n"))
         try:
             row = json.loads(text)
@@ -64,11 +64,11 @@ class TextSource:
         return Sample(key, text=row["text"], meta={} if row.get("id") is None else {"id": str(row["id"])})
 
 
-def _scan(file: Path, label: str, split: Split) -> Spans:
-    if label.endswith(".jsonl") or split == "line":
-        return scan_lines(file, label)
+def _scan(file: LocalFile, split: Split) -> Spans:
+    if file.path.endswith(".jsonl") or split == "line":
+        return scan_lines(file)
     if split == "paragraph":
-        return scan_paragraphs(file, label)
-    spans = Spans(file, label)
-    spans.add(0, file.stat().st_size, 1)
+        return scan_paragraphs(file)
+    spans = Spans(file)
+    spans.add(0, file.local.stat().st_size, 1)
     return spans
