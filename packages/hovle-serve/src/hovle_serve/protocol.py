@@ -63,7 +63,9 @@ class TextPart(Strict):
 
 
 class ImageUrl(Strict):
-    url: str = Field(description="a data URI: data:image/png;base64,...; the server fetches nothing")
+    url: str = Field(
+        description="a data URI: data:image/png;base64,...; other URLs only where the server allows their host"
+    )
     detail: Literal["auto", "high"] = "auto"  # a picture always gets the tiles its shape asks for
 
 
