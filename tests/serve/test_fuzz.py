@@ -99,7 +99,7 @@ def check(status: int, answer: bytes) -> None:
         if answer.startswith(b"data: "):
             assert answer.endswith(b"data: [DONE]\n\n"), answer
         else:
-            assert json.loads(answer)["usage"]["completion_tokens"] == 1
+            assert json.loads(answer)["usage"]["completion_tokens"] >= 1
         return
     assert 400 <= status < 500, answer
     error = json.loads(answer)["error"]
@@ -111,7 +111,7 @@ def check(status: int, answer: bytes) -> None:
 def test_bodies_from_a_seed_are_answered_or_refused(model, processor, count):
     rng, statuses = random.Random(0), Counter[int]()
     process = psutil.Process()
-    with Engine(model, processor, max_prefix_tokens=1000) as engine:
+    with Engine(model, processor, max_cache_tokens=150, max_prefix_tokens=1000) as engine:
         app = create_app(engine, NAME, limits=LIMITS)
 
         async def run(progress: Callable[[int], None]) -> None:

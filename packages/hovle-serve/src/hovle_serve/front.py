@@ -5,12 +5,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -18,7 +19,7 @@ from starlette.types import Lifespan, Message, Receive, Scope, Send
 
 from hovle_serve.access import Access
 from hovle_serve.completions import ClientLeftError
-from hovle_serve.protocol import ChatRequest, Limits, RequestError, parse_request
+from hovle_serve.protocol import ChatRequest, ErrorBody, Limits, RequestError, parse_request
 
 BODY_SECONDS = 60  # a body that takes longer to arrive is given up
 WRITE_SECONDS = 60  # so is a client that takes nothing for so long
@@ -172,14 +173,21 @@ def routes(service: Front, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI
     app.exception_handler(HTTPException)(_on_http_exception)
     app.exception_handler(Exception)(_on_bug)
     schema = ChatRequest.model_json_schema(ref_template=_REFS)
+    schema["properties"]["model"]["enum"] = list(service.names)
     definitions = schema.pop("$defs")
     body = {"required": True, "content": {"application/json": {"schema": schema}}}
-    app.post("/v1/chat/completions", openapi_extra={"requestBody": body}, response_model=None)(service.chat)
-    app.get("/v1/models", response_model=None)(service.models)
-    app.get("/v1/models/{model:path}", response_model=None)(service.model)
-    app.get("/health", response_model=None)(service.health)
-    app.get("/metrics", response_model=None)(service.metrics)
-    app.get("/", response_class=HTMLResponse, response_model=None)(_page)
+    stream = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
+    refused: dict[int | str, Any] = {
+        kind: {"model": ErrorBody, "description": "error"} for kind in ("4XX", "5XX")
+    }
+    post, get = partial(app.post, response_model=None), partial(app.get, response_model=None)
+    chat = {"requestBody": body}
+    post("/v1/chat/completions", openapi_extra=chat, responses=refused | stream)(service.chat)
+    get("/v1/models", responses=refused)(service.models)
+    get("/v1/models/{model:path}", responses=refused)(service.model)
+    get("/health", responses={503: {}})(service.health)
+    get("/metrics", response_class=PlainTextResponse, responses=refused)(service.metrics)
+    get("/", response_class=HTMLResponse)(_page)
 
     document = get_openapi(title="hovle-serve", version="1", routes=app.routes)
     document.setdefault("components", {}).setdefault("schemas", {}).update(definitions)

@@ -46,6 +46,19 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
+class ErrorDetail(Strict):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(Strict):
+    """Every error's body."""
+
+    error: ErrorDetail
+
+
 class Limits(Strict):
     """Of one request. max_pixels and max_tiles are of all its pictures together."""
 
