@@ -51,8 +51,8 @@ def request(rng: random.Random, model: str) -> bytes:
     if rng.random() < 0.4:
         parts.append({"type": "image_url", "image_url": {"url": picture(rng)}})
     body = {
-        "model": model, "messages": [{"role": "user", "content": parts}], "max_tokens": rng.randrange(1, 60),
-        "stream": rng.random() < 0.6, "temperature": rng.choice([0, 1]), "n": rng.choice([1, 1, 1, 2]),
+        "model": model, "messages": [{"role": "user", "content": parts}], "max_tokens": rng.choice([1, 4, 8, 16, 60]),
+        "stream": rng.random() < 0.6, "temperature": rng.choice([0, 1]), "n": rng.choice([1, 1, 1, 1, 2]),
     }  # fmt: skip
     return json.dumps(body).encode()
 
@@ -105,7 +105,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         write_model(Path(name) / "tiny")
         command = [sys.executable, "-m", "hovle_core.cli", "serve", str(Path(name) / "tiny"), "--port", "0"]
-        with subprocess.Popen([*command, "--max-batch", "8"], stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen([*command, "--max-batch", "16"], stderr=subprocess.PIPE, text=True) as process:
             try:
                 assert process.stderr is not None
                 port = next(
@@ -118,7 +118,7 @@ def main() -> None:
                 def one(i: int) -> None:
                     rng = random.Random(i)
                     body = request(rng, "tiny")
-                    patience = rng.expovariate(5) if rng.random() < HANG_UP else None
+                    patience = rng.expovariate(10) if rng.random() < HANG_UP else None
                     while (outcome := ask(port, body, patience)) == "busy":
                         with lock:
                             outcomes["busy"] += 1

@@ -18,6 +18,7 @@ from hovle_serve.answer import Piece, TokenLogprob
 from hovle_serve.engine import Engine, Request
 from hovle_serve.metrics import Metrics
 from hovle_serve.prompts import Picture
+from hovle_serve.protocol import ClientLeftError
 from hovle_serve.sampling import Sampling
 
 logger = logging.getLogger(__name__)
@@ -25,10 +26,6 @@ logger = logging.getLogger(__name__)
 Events = AsyncGenerator[tuple[int, Piece], None]
 # JSON knows no infinity; a token that is never said has this logprob.
 _NEVER = -9999.0
-
-
-class ClientLeftError(Exception):
-    """Nobody is there to read the answer."""
 
 
 async def answer(

@@ -18,8 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Lifespan, Message, Receive, Scope, Send
 
 from hovle_serve.access import Access
-from hovle_serve.completions import ClientLeftError
-from hovle_serve.protocol import ChatRequest, ErrorBody, Limits, RequestError, parse_request
+from hovle_serve.protocol import ChatRequest, ClientLeftError, ErrorBody, Limits, RequestError, parse_request
 
 BODY_SECONDS = 60  # a body that takes longer to arrive is given up
 WRITE_SECONDS = 60  # so is a client that takes nothing for so long
