@@ -175,10 +175,10 @@ def routes(service: Front, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI
     schema["properties"]["model"]["enum"] = list(service.names)
     definitions = schema.pop("$defs")
     body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    refused: dict[int | str, dict[str, Any]]
+    stream: dict[int | str, dict[str, Any]]
     stream = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
-    refused: dict[int | str, Any] = {
-        kind: {"model": ErrorBody, "description": "error"} for kind in ("4XX", "5XX")
-    }
+    refused = {kind: {"model": ErrorBody, "description": "error"} for kind in ("4XX", "5XX")}
     post, get = partial(app.post, response_model=None), partial(app.get, response_model=None)
     chat = {"requestBody": body}
     post("/v1/chat/completions", openapi_extra=chat, responses=refused | stream)(service.chat)
