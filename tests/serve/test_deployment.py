@@ -151,6 +151,12 @@ def test_what_ray_is_given():
         app(twice)
 
 
+def test_the_gateway_starts_without_what_a_model_needs():
+    heavy = "[name for name in ('torch', 'transformers', 'PIL') if name in sys.modules]"
+    code = f"import sys, hovle_serve.gateway, hovle_serve.serving; assert {heavy} == [], {heavy}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 @pytest.mark.slow
 def test_two_models_behind_one_address_answer_as_they_do_alone(
     cluster, checkpoint, model, processor, tmp_path

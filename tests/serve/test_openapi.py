@@ -26,7 +26,7 @@ def checked(operation, mode: GenerationMode, examples: int, statuses: Counter[st
     check()
 
 
-@pytest.mark.parametrize("examples", [15, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_answers_are_what_the_schema_says(model, processor, examples):
     statuses = Counter[str]()
     with Engine(model, processor, max_cache_tokens=100) as engine:
