@@ -1,12 +1,9 @@
 """What `import hovle_core` does to transformers, in processes of their own: registered, and nothing heavy loaded."""
 
-import ast
 import inspect
 import os
-import re
 import subprocess
 import sys
-import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -118,20 +115,3 @@ def test_everything_is_registered_and_works_without_what_is_not_declared(tmp_pat
     files = (path.relative_to(SOURCE.parent).with_suffix("") for path in SOURCE.rglob("*.py"))
     modules = sorted(".".join(file.parts).removesuffix(".__init__") for file in files)
     in_new_process(WITHOUT_ANYTHING_ELSE, ",".join(OTHERS), ",".join(modules))
-
-
-def test_declared_dependencies_are_exactly_those_that_are_imported() -> None:
-    imported = set()
-    for path in SOURCE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                imported.add((node.module or "").partition(".")[0])
-    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["project"]
-    declared = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
-    extras = {re.match(r"[\w-]+", x)[0] for lines in project["optional-dependencies"].values() for x in lines}
-    assert {{"pillow": "PIL"}.get(name, name) for name in declared} == imported - {
-        "hovle_core", *extras, *sys.stdlib_module_names
-    }  # fmt: skip
-    assert {"flash", "gguf", "peft", "quantization"} <= set(project["optional-dependencies"])

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
-import uvicorn
 from PIL import Image
 
 from hovle_core.testing import tiny_hovle, tiny_processor, tiny_tokenizer
 from hovle_serve import engine, stream
+from hovle_serve.access import Access
 from hovle_serve.api import create_app
 from hovle_serve.engine import Engine
+from hovle_serve.listener import server as http_server
 
 
 @pytest.fixture(scope="session")
@@ -74,10 +75,10 @@ class Served:
 
     name = "tiny/hovle"
 
-    def __init__(self, engine: Engine, **arguments) -> None:
+    def __init__(self, engine: Engine, api_keys=(), key_limits=None, **arguments) -> None:
         self.engine = engine
-        config = uvicorn.Config(create_app(engine, self.name, **arguments), log_level="critical", http="h11")
-        self._server = uvicorn.Server(config)
+        self.app = create_app(engine, self.name, Access(api_keys, key_limits), **arguments)
+        self._server = http_server(self.app, log_level="critical")
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]})

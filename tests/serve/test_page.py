@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from PIL import Image
 
 from hovle_core.images import open_image
 from hovle_serve.chat import ChatSession
@@ -88,6 +89,31 @@ def test_a_conversation_by_keyboard_on_a_phones_width(serve, page, model, proces
     assert {"SUMMARY", "reset", "text", "files", "send"} <= reached
     page.locator("#reset").press("Enter")
     expect(page.locator("#log li")).to_have_count(0)
+
+
+@pytest.mark.slow
+def test_the_tiles_that_the_model_sees_are_shown(serve, page, picture, tmp_path):
+    Image.new("RGB", (300, 60), "blue").save(wide := tmp_path / "wide.png")
+    page.goto(serve().url)
+    page.locator("#limit").evaluate("(input) => { input.value = 3; }")
+    page.locator("#files").set_input_files([picture, wide])
+    page.locator("#text").press("Enter")
+    tiles = page.locator("#log li.user figure.tiles")
+    expect(tiles).to_have_count(2)
+    expect(tiles.nth(0)).to_have_text("80 × 60: 1 tile, 4 tokens")
+    expect(tiles.nth(1)).to_have_text("300 × 60: 5 tiles (4 × 1 and the whole), 20 tokens")
+    expect(tiles.nth(1).get_by_role("img")).to_have_count(5)
+    expect(tiles.nth(1).get_by_label("row 1, column 4")).to_be_visible()
+    second = tiles.nth(1).get_by_role("img").nth(1)
+    assert second.evaluate("(cell) => cell.style.backgroundSize") == "400% 100%"
+    assert second.evaluate("(cell) => getComputedStyle(cell).backgroundImage").startswith(
+        'url("data:image/png'
+    )
+    page.locator("#text").fill("and?")  # a turn without pictures shows no tiles, and takes none away
+    page.locator("#text").press("Enter")
+    expect(answers(page).nth(1)).to_contain_text("3 written")
+    expect(tiles).to_have_count(2)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
 @pytest.mark.slow

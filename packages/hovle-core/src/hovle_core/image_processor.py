@@ -3,7 +3,7 @@
 Shapes: N tiles, S tile side in pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 

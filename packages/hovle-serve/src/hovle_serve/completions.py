@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastapi import Request as HttpRequest
@@ -17,6 +17,8 @@ from hovle_core.processor import Encoded
 from hovle_serve.answer import Piece, TokenLogprob
 from hovle_serve.engine import Engine, Request
 from hovle_serve.metrics import Metrics
+from hovle_serve.prompts import Picture
+from hovle_serve.protocol import ClientLeftError
 from hovle_serve.sampling import Sampling
 
 logger = logging.getLogger(__name__)
@@ -24,10 +26,6 @@ logger = logging.getLogger(__name__)
 Events = AsyncGenerator[tuple[int, Piece], None]
 # JSON knows no infinity; a token that is never said has this logprob.
 _NEVER = -9999.0
-
-
-class ClientLeftError(Exception):
-    """Nobody is there to read the answer."""
 
 
 async def answer(
@@ -100,6 +98,7 @@ class Completion:
     tokenizer: Any
     num_prompt_tokens: int
     num_image_tokens: int
+    pictures: Sequence[Picture]
     num_choices: int
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
@@ -173,7 +172,10 @@ class Completion:
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": sum(counts),
             "total_tokens": self.num_prompt_tokens + sum(counts),
-            "prompt_tokens_details": {"image_tokens": self.num_image_tokens},
+            "prompt_tokens_details": {
+                "image_tokens": self.num_image_tokens,
+                "images": [asdict(picture) for picture in self.pictures],
+            },
         }
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:

@@ -12,9 +12,6 @@ class Metrics:
 
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
-        self.responses = Counter(
-            "hovle_responses", "Answers to /v1/chat/completions", ["status"], registry=self.registry
-        )
         self.prompt_tokens = Counter(
             "hovle_prompt_tokens", "Tokens of answered prompts", registry=self.registry
         )

@@ -1,8 +1,9 @@
-"""A request's messages -> the model's prompt. Pictures come within the request; nothing is fetched."""
+"""A request's messages -> the model's prompt. Pictures come within the request, or were fetched before."""
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from threading import Lock
 
 from PIL.Image import Image
@@ -10,7 +11,27 @@ from PIL.Image import Image
 from hovle_core.images import ImageError, decode_image, image_size
 from hovle_core.processor import Encoded, HovleProcessor
 from hovle_core.rendering import Message
+from hovle_serve.media import FetchError, MediaFetcher
 from hovle_serve.protocol import ChatRequest, ImagePart, Limits, RequestError
+
+Fetched = Mapping[str, bytes | FetchError]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """How the model sees a picture: `columns` by `rows` tiles, and perhaps the whole as one more."""
+
+    width: int
+    height: int
+    columns: int
+    rows: int
+    thumbnail: bool
+
+
+@dataclass(frozen=True)
+class Prompt:
+    encoded: Encoded
+    pictures: tuple[Picture, ...]
 
 
 class PromptEncoder:
@@ -20,15 +41,24 @@ class PromptEncoder:
         self._processor, self._limits = processor, limits
         self._lock = Lock()
 
-    def encode(self, body: ChatRequest) -> Encoded:
+    async def fetch(self, body: ChatRequest, media: MediaFetcher) -> Fetched:
+        """The pictures that are given by URL, for `encode`. Nothing is fetched for a body that has too many."""
+        _, files = _read_messages(body, self._limits)
+        urls = [url for _, url in files if not _is_data(url)]
+        return await media.fetch_all(urls, self._limits.max_body_bytes) if urls else {}
+
+    def encode(self, body: ChatRequest, fetched: Fetched | None = None) -> Prompt:
         """Raises RequestError (400) naming the part at fault. No picture is decoded before all passed the limits."""
         messages, files = _read_messages(body, self._limits)
-        images = _decoded(files, self._processor, self._limits)
+        data = [(place, _data(place, url, fetched or {})) for place, url in files]
+        pictures = _measured(data, self._processor, self._limits)
+        images = _decoded(data, self._limits)
         try:
             with self._lock:
-                return self._processor.encode(messages, images, add_generation_prompt=True)
+                encoded = self._processor.encode(messages, images, add_generation_prompt=True)
         except ValueError as error:  # such as the chat template's own, about the order of roles
             raise RequestError(400, str(error), "messages") from error
+        return Prompt(encoded, pictures)
 
 
 def _read_messages(body: ChatRequest, limits: Limits) -> tuple[list[Message], list[tuple[str, str]]]:
@@ -56,43 +86,56 @@ def _read_messages(body: ChatRequest, limits: Limits) -> tuple[list[Message], li
         raise RequestError(
             400, f"{characters} characters, at most {limits.max_characters} are taken", "messages"
         )
+    if len(files) > limits.max_images:
+        raise RequestError(400, f"{len(files)} pictures, at most {limits.max_images} are taken", "messages")
     return messages, files
 
 
-def _decoded(files: Sequence[tuple[str, str]], processor: HovleProcessor, limits: Limits) -> list[Image]:
-    if len(files) > limits.max_images:
-        raise RequestError(400, f"{len(files)} pictures, at most {limits.max_images} are taken", "messages")
-    pixels = tiles = 0
-    data = []
-    for place, url in files:
-        data.append(_data(place, url))
+def _measured(
+    files: Sequence[tuple[str, bytes]], processor: HovleProcessor, limits: Limits
+) -> tuple[Picture, ...]:
+    """From the files' headers alone."""
+    pixels, cutter = 0, processor.image_processor
+    tiles, pictures = 0, []
+    for place, data in files:
         try:
-            width, height = image_size(data[-1], max_pixels=limits.max_pixels)
+            width, height = image_size(data, max_pixels=limits.max_pixels)
         except ImageError as error:
             raise RequestError(400, f"{place}: {error}", place, "invalid_image") from error
+        columns, rows = cutter.grid(width, height)
+        number = cutter.num_tiles(width, height)
+        pictures.append(Picture(width, height, columns, rows, number > columns * rows))
         pixels += width * height
-        tiles += processor.image_processor.num_tiles(width, height)
+        tiles += number
         for what, number, most in (("pixels", pixels, limits.max_pixels), ("tiles", tiles, limits.max_tiles)):
             if number > most:
                 raise RequestError(400, f"{place}: with this picture the request has {number} {what}, at most {most} "
                                    "are taken: send fewer or smaller pictures", place)  # fmt: skip
+    return tuple(pictures)
+
+
+def _decoded(files: Sequence[tuple[str, bytes]], limits: Limits) -> list[Image]:
     images = []
-    for (place, _), file in zip(files, data, strict=True):
+    for place, data in files:
         try:
-            images.append(decode_image(file, max_pixels=limits.max_pixels))
+            images.append(decode_image(data, max_pixels=limits.max_pixels))
         except ImageError as error:
             raise RequestError(400, f"{place}: {error}", place, "invalid_image") from error
     return images
 
 
-def _data(place: str, url: str) -> bytes:
+def _is_data(url: str) -> bool:
+    return url[:5].lower() == "data:"
+
+
+def _data(place: str, url: str, fetched: Fetched) -> bytes:
+    if not _is_data(url):
+        got = fetched.get(url)
+        if isinstance(got, bytes):
+            return got
+        why = got or "only data URIs (data:image/png;base64,...) are taken, the server fetches nothing"
+        raise RequestError(400, f"{place}: {why}", place, None if got is None else "image_not_fetched")
     header, comma, payload = url.partition(",")
-    if not header.lower().startswith("data:"):
-        raise RequestError(
-            400,
-            f"{place}: only data URIs (data:image/png;base64,...) are taken, the server fetches nothing",
-            place,
-        )
     if not comma or not header.lower().endswith(";base64"):
         raise RequestError(400, f"{place}: a data URI needs ';base64,' before its data", place)
     try:

@@ -42,8 +42,25 @@ class RequestError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+class ClientLeftError(Exception):
+    """Nobody is there to read the answer."""
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class ErrorDetail(Strict):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(Strict):
+    """Every error's body."""
+
+    error: ErrorDetail
 
 
 class Limits(Strict):
@@ -63,7 +80,9 @@ class TextPart(Strict):
 
 
 class ImageUrl(Strict):
-    url: str = Field(description="a data URI: data:image/png;base64,...; the server fetches nothing")
+    url: str = Field(
+        description="a data URI: data:image/png;base64,...; other URLs only where the server allows their host"
+    )
     detail: Literal["auto", "high"] = "auto"  # a picture always gets the tiles its shape asks for
 
 

@@ -28,6 +28,14 @@ def add_serve_parser(cli: argparse._SubParsersAction[argparse.ArgumentParser]) -
                         help="tokens the key-value cache may hold (default %(default)s)")  # fmt: skip
     parser.add_argument("--max-queue", type=int, default=64, metavar="N",
                         help="requests that may wait; others are told to come back (default %(default)s)")  # fmt: skip
+    parser.add_argument("--max-prefix-tokens", type=int, default=16384, metavar="N",
+                        help="on top of these, tokens of prompts kept for others that begin alike (default %(default)s)"
+                        )  # fmt: skip
+    parser.add_argument("--image-host", action="append", default=[], metavar="HOST", dest="image_hosts",
+                        help="fetch pictures given by URL from here, such as images.example.com or *.example.com "
+                        "(may be repeated; by default nothing is fetched)")  # fmt: skip
+    parser.add_argument("--max-in-flight", type=int, metavar="N", help="requests a key may have in work")
+    parser.add_argument("--max-requests-per-minute", type=int, metavar="N", help="requests a key may send")
     parser.set_defaults(run=run_serve)
 
 
@@ -37,12 +45,25 @@ def run_serve(args: argparse.Namespace) -> int:
     from hovle_core.runs import latest_checkpoint
     from hovle_serve.serving import ServeConfig, build_app
 
-    fields = ("name", "api_key_file", "max_batch", "max_cache_tokens", "max_queue")
+    names = (
+        "name",
+        "api_key_file",
+        "max_batch",
+        "max_cache_tokens",
+        "max_queue",
+        "max_prefix_tokens",
+        "image_hosts",
+    )
+    fields = {name: getattr(args, name) for name in names}
+    fields["key_limits"] = {
+        name: getattr(args, name) for name in ("max_in_flight", "max_requests_per_minute")
+    }
     try:
-        config = ServeConfig(model=args.run_or_checkpoint, **{name: getattr(args, name) for name in fields})
+        config = ServeConfig(model=args.run_or_checkpoint, **fields)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from error
+        option = f"--{str(first['loc'][-1]).replace('_', '-')}: " if first["loc"] else ""
+        raise ValueError(option + first["msg"].removeprefix("Value error, ")) from error
     latest_checkpoint(config.model)  # a typing error is told before anything is loaded
     with _listen(args.host, args.port) as listener:
         if config.api_key_file is None and not _is_local(listener):
@@ -50,20 +71,14 @@ def run_serve(args: argparse.Namespace) -> int:
                 "hovle: warning: everybody who reaches this port may ask; give --api-key-file",
                 file=sys.stderr,
             )
-        import uvicorn
+        from hovle_serve.listener import server
 
         app = build_app(config)
         host, port = listener.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         print(f"serving {config.served_name} on http://{address}:{port}", file=sys.stderr, flush=True)
-        # h11 bounds headers. A stopped server finishes what it answers, for so long.
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app, http="h11", log_level="warning", timeout_graceful_shutdown=30, server_header=False
-            )
-        )
         try:
-            server.run(sockets=[listener])
+            server(app).run(sockets=[listener])
         except (
             KeyboardInterrupt
         ):  # uvicorn passes on the Ctrl-C that ended it, which is how one ends a server

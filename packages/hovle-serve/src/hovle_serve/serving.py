@@ -1,32 +1,30 @@
 """What is served and how: one checked config for `hovle serve` and for Ray Serve, and the app made from it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hovle_serve.access import Access, KeyLimits
+from hovle_serve.media import MediaFetcher, parsed_host
 from hovle_serve.protocol import Limits
 
 if TYPE_CHECKING:  # the config is read before torch is imported
     from fastapi import FastAPI
 
 
-class ServeConfig(BaseModel):
+class EngineConfig(BaseModel):
     """`model` is a run, a folder of runs, a checkpoint or a hub id; `name` is what clients call it, by default the
-    last part of that. `api_key_file` holds a key a line; without it everybody who reaches the port may ask.
-    max_batch, max_cache_tokens, max_queue and max_prefix_tokens are the engine's, `limits` those of a request. A bad or
-    unknown field is a ValueError."""
+    last part of that. The rest is the engine's. A bad or unknown field is a ValueError."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: str
     name: str | None = Field(None, min_length=1)
-    api_key_file: str | None = None
     max_batch: int = Field(16, ge=1)
     max_cache_tokens: int = Field(65536, ge=1)
     max_queue: int = Field(64, ge=1)
     max_prefix_tokens: int = Field(16384, ge=0)
-    limits: Limits = Limits()
 
     @property
     def served_name(self) -> str:
@@ -36,13 +34,51 @@ class ServeConfig(BaseModel):
         return path.resolve().name if path.exists() else self.model
 
 
+class AccessConfig(BaseModel):
+    """`api_key_file` holds a key a line; without it everybody who reaches the port may ask. `key_limits` are those of a
+    key, `limits` those of a request; pictures given by URL are fetched from `image_hosts` only."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    api_key_file: str | None = None
+    key_limits: KeyLimits = KeyLimits()
+    limits: Limits = Limits()
+    image_hosts: list[str] = []
+
+    @model_validator(mode="after")
+    def _check(self) -> "AccessConfig":
+        if self.api_key_file is None and self.key_limits != KeyLimits():
+            raise ValueError("key_limits are those of a key: give an api_key_file as well")
+        for host in self.image_hosts:
+            parsed_host(host)  # raises for what is none
+        return self
+
+
+class ServeConfig(EngineConfig, AccessConfig):
+    """One model on one machine."""
+
+
+class ClusterConfig(AccessConfig):
+    """Several models behind one address; of one model its fields may stand here themselves, without `models`."""
+
+    models: list[EngineConfig] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_model(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or "models" in fields:
+            return fields
+        one = {name: fields[name] for name in EngineConfig.model_fields if name in fields}
+        return {**{name: value for name, value in fields.items() if name not in one}, "models": [one]}
+
+
 def build_app(config: ServeConfig) -> "FastAPI":
     """Load the model and start its engine (`app.state.engine`), which the app closes at its shutdown.
 
     Raises ValueError where there is nothing to serve (see `hovle_core.runs.latest_checkpoint`) and for a key file
     without keys.
     """
-    api_keys = () if config.api_key_file is None else read_api_keys(config.api_key_file)
+    access = build_access(config)
 
     from hovle_serve.api import create_app
     from hovle_serve.chat import load
@@ -57,7 +93,14 @@ def build_app(config: ServeConfig) -> "FastAPI":
         config.max_queue,
         config.max_prefix_tokens,
     )
-    return create_app(engine, config.served_name, api_keys, config.limits)
+    media = MediaFetcher(config.image_hosts) if config.image_hosts else None
+    return create_app(engine, config.served_name, access, config.limits, media)
+
+
+def build_access(config: AccessConfig) -> Access:
+    """Raises ValueError for a key file without keys."""
+    keys = () if config.api_key_file is None else read_api_keys(config.api_key_file)
+    return Access(keys, config.key_limits)
 
 
 def read_api_keys(path: str) -> list[str]:

@@ -1,0 +1,243 @@
+"""What every HTTP face has in common: keys, bodies read within limits, errors in OpenAI's shape, the page at `/`."""
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from functools import partial
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Lifespan, Message, Receive, Scope, Send
+
+from hovle_serve.access import Access
+from hovle_serve.protocol import ChatRequest, ClientLeftError, ErrorBody, Limits, RequestError, parse_request
+
+BODY_SECONDS = 60  # a body that takes longer to arrive is given up
+WRITE_SECONDS = 60  # so is a client that takes nothing for so long
+MAX_READERS = 16  # bodies read and prepared at a time; times max_body_bytes is what they can hold
+RETRY_AFTER = {"Retry-After": "1"}
+_CLIENT_LEFT = 499  # nginx's number: nobody reads it
+_REFS = "#/components/schemas/{model}"
+# The page is one file that talks to this server only.
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Front(ABC):
+    """The routes of an app that answers for the models `names`.
+
+    A request is first read and prepared, by no more than MAX_READERS at a time, and then answered.
+    """
+
+    def __init__(
+        self, names: Sequence[str], access: Access, limits: Limits, registry: CollectorRegistry
+    ) -> None:
+        self.names, self.limits = tuple(names), limits
+        self.created = int(time.time())
+        self.registry = registry
+        self.responses = Counter(
+            "hovle_responses", "Answers to /v1/chat/completions", ["status"], registry=registry
+        )
+        self._access = access
+        self._readers = 0
+
+    @abstractmethod
+    def check_room(self) -> None:
+        """Raise RequestError while nobody is taken: before a body is read and its pictures are decoded."""
+
+    @abstractmethod
+    async def prepare(self, body: ChatRequest, raw: bytes) -> Any:
+        """What `respond` needs of a body that came as `raw`."""
+
+    @abstractmethod
+    async def respond(self, request: Request, prepared: Any) -> Response: ...
+
+    @abstractmethod
+    def is_healthy(self) -> bool: ...
+
+    # ---- routes ----------------------------------------------------------------------------------------------------
+
+    async def chat(self, request: Request) -> Response:
+        try:
+            response = await self._chat(request)
+        except RequestError as error:
+            response = _error(error)
+        except (ClientLeftError, ClientDisconnect):
+            response = Response(status_code=_CLIENT_LEFT)
+        except Exception:
+            self.responses.labels(500).inc()
+            raise
+        self.responses.labels(response.status_code).inc()
+        return response
+
+    async def models(self, request: Request) -> dict[str, Any]:
+        self.authorize(request)
+        return {"object": "list", "data": [self._model(name) for name in self.names]}
+
+    async def model(self, request: Request, model: str) -> dict[str, Any]:
+        self.authorize(request)
+        self._check_model(model)
+        return self._model(model)
+
+    async def health(self) -> Response:
+        healthy = self.is_healthy()
+        return JSONResponse({"status": "ok" if healthy else "stopped"}, 200 if healthy else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        self.authorize(request)
+        return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def authorize(self, request: Request) -> bytes | None:
+        return self._access.authorize(request.headers.get("authorization", ""))
+
+    async def _chat(self, request: Request) -> Response:
+        key = self.authorize(request)
+        # Also keeps other sites' pages from posting here in a visitor's name: browsers ask first for this type.
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise RequestError(415, "Content-Type must be application/json")
+        self._access.enter(key)
+        try:
+            response = await self.respond(request, await self._prepared(request))
+        except BaseException:
+            self._access.leave(key)
+            raise
+        return _Watched(response, lambda: self._access.leave(key))
+
+    async def _prepared(self, request: Request) -> Any:
+        self.check_room()
+        if self._readers >= MAX_READERS:
+            raise busy("too many requests wait already")
+        self._readers += 1
+        try:
+            raw = await _read(request, self.limits.max_body_bytes)
+            body = await asyncio.to_thread(parse_request, raw)
+            self._check_model(body.model)
+            return await self.prepare(body, raw)
+        finally:
+            self._readers -= 1
+
+    def _check_model(self, model: str) -> None:
+        if model not in self.names:
+            known = ", ".join(map(repr, self.names))
+            raise RequestError(
+                404, f"there is no model {model!r} here, only {known}", "model", "model_not_found"
+            )
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "hovle"}
+
+
+class _Watched(Response):
+    """A response whose client is given up when it takes nothing for WRITE_SECONDS; then, or at its end, `ended()`."""
+
+    def __init__(self, response: Response, ended: Callable[[], None]) -> None:
+        self.response, self.ended = response, ended
+        self.status_code, self.background = response.status_code, response.background
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def timely(message: Message) -> None:
+            try:
+                async with asyncio.timeout(WRITE_SECONDS):
+                    await send(message)
+            except TimeoutError as error:
+                raise ClientLeftError from error
+
+        try:
+            await self.response(scope, receive, timely)
+        except* (ClientLeftError, ClientDisconnect):
+            pass  # the connection is closed behind us, its answer being incomplete
+        finally:
+            self.ended()
+            body = getattr(self.response, "body_iterator", None)
+            if isinstance(body, AsyncGenerator):
+                await body.aclose()
+
+
+def routes(service: Front, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
+    """The app of a front."""
+    app = FastAPI(title="hovle-serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.exception_handler(RequestError)(_on_request_error)
+    app.exception_handler(HTTPException)(_on_http_exception)
+    app.exception_handler(Exception)(_on_bug)
+    schema = ChatRequest.model_json_schema(ref_template=_REFS)
+    schema["properties"]["model"]["enum"] = list(service.names)
+    definitions = schema.pop("$defs")
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    refused: dict[int | str, dict[str, Any]]
+    stream: dict[int | str, dict[str, Any]]
+    stream = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
+    refused = {kind: {"model": ErrorBody, "description": "error"} for kind in ("4XX", "5XX")}
+    post, get = partial(app.post, response_model=None), partial(app.get, response_model=None)
+    chat = {"requestBody": body}
+    post("/v1/chat/completions", openapi_extra=chat, responses=refused | stream)(service.chat)
+    get("/v1/models", responses=refused)(service.models)
+    get("/v1/models/{model:path}", responses=refused)(service.model)
+    get("/health", responses={503: {}})(service.health)
+    get("/metrics", response_class=PlainTextResponse, responses=refused)(service.metrics)
+    get("/", response_class=HTMLResponse)(_page)
+
+    document = get_openapi(title="hovle-serve", version="1", routes=app.routes)
+    document.setdefault("components", {}).setdefault("schemas", {}).update(definitions)
+    app.openapi = lambda: document  # type: ignore[method-assign]  # FastAPI's documented way
+    return app
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    chunks, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS), aclosing(request.stream()) as stream:
+            async for chunk in stream:
+                size += len(chunk)
+                if size > max_bytes:  # uvicorn reads the rest and forgets it, so that the client hears why
+                    raise RequestError(413, f"the body is larger than {max_bytes} bytes")
+                chunks.append(chunk)
+    except TimeoutError as error:
+        raise RequestError(408, f"the body did not arrive within {BODY_SECONDS} seconds") from error
+    return b"".join(chunks)
+
+
+def busy(message: str) -> RequestError:
+    return RequestError(429, message, code="queue_full", headers=RETRY_AFTER)
+
+
+def _error(error: RequestError) -> JSONResponse:
+    return JSONResponse(error.body, error.status, headers=error.headers)
+
+
+async def _on_request_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return _error(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """The router's own: no such path, no such method."""
+    assert isinstance(error, HTTPException)
+    refused = RequestError(
+        error.status_code,
+        f"{request.method} {request.url.path}: {error.detail}",
+        headers=dict(error.headers or {}),
+    )
+    return _error(refused)
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    return _error(RequestError(500, "the server failed to answer"))
+
+
+async def _page() -> Response:
+    page = files("hovle_serve").joinpath("page.html").read_text(encoding="utf-8")
+    return HTMLResponse(
+        page, headers={"Content-Security-Policy": _PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
+    )

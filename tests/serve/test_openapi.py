@@ -1,0 +1,40 @@
+"""schemathesis: requests made from the server's own OpenAPI schema, right and wrong ones, and what it answers."""
+
+from collections import Counter
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import load_all_checks
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from hovle_serve.api import create_app
+from hovle_serve.engine import Engine
+
+load_all_checks()
+
+
+def checked(operation, mode: GenerationMode, examples: int, statuses: Counter[str]) -> None:
+    @settings(max_examples=examples, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def check(case) -> None:
+        # What the schema allows may still be no picture, or too long for the model.
+        response = case.call_and_validate(excluded_checks=[positive_data_acceptance])
+        statuses[f"{operation.label} {response.status_code}"] += 1
+
+    check()
+
+
+@pytest.mark.parametrize("examples", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_answers_are_what_the_schema_says(model, processor, examples):
+    statuses = Counter[str]()
+    with Engine(model, processor, max_cache_tokens=100) as engine:
+        schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(engine, "tiny"))
+        for found in schema.get_all_operations():
+            for mode in GenerationMode:
+                checked(found.ok(), mode, examples, statuses)
+        assert engine.num_active == engine.num_waiting == 0
+    print(dict(statuses))
+    assert statuses["POST /v1/chat/completions 200"]
+    assert statuses["POST /v1/chat/completions 400"]
