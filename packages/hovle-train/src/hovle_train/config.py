@@ -196,6 +196,29 @@ class ResourcesConfig(Section):
         return self
 
 
+class ParallelConfig(Section):
+    """How workers share a step: `ddp` keeps the weights on each, `fsdp2` a share of weights, gradients and optimizer
+    state. Checkpoints are the same, so a run may go on with the other, and with another number of workers."""
+
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    # fsdp2: false keeps a layer's weights between forward and backward, for memory against communication.
+    reshard_after_forward: bool = True
+    # fsdp2: in which gradients are summed over workers.
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    # Norms and MLPs of transformer layers through torch.compile.
+    compile: bool = False
+
+    @model_validator(mode="after")
+    def _strategy_reads_them(self) -> "ParallelConfig":
+        for name in ("reshard_after_forward", "reduce_dtype"):
+            if self.strategy != "fsdp2" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} does nothing with strategy {self.strategy!r}: leave it out, or "
+                    "set strategy: fsdp2"
+                )
+        return self
+
+
 class ObserversConfig(Section):
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "hovle"
@@ -212,6 +235,7 @@ class Recipe(Section):
     optim: OptimConfig
     train: TrainConfig
     resources: ResourcesConfig = ResourcesConfig()
+    parallel: ParallelConfig = ParallelConfig()
     observers: ObserversConfig = ObserversConfig()
 
     @model_validator(mode="after")

@@ -19,6 +19,9 @@ FREE_FIELDS = (
     "train.min_fill",
     "data.prefetch_steps",
     "data.num_threads",
+    "parallel.strategy",
+    "parallel.reshard_after_forward",
+    "parallel.compile",
 )
 
 

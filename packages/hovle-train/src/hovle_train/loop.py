@@ -26,11 +26,11 @@ from hovle_train.freeze import freeze_except, set_train_mode
 from hovle_train.lineage import check_finished, check_parent, check_same, parent_of, plugins_of, weights_hash
 from hovle_train.metrics import MetricsWriter, Window, truncate_metrics
 from hovle_train.optim import build_optimizers, lr_share, set_lr
-from hovle_train.parallel import sync_gradients
+from hovle_train.parallel import Parallel, make_parallel
 from hovle_train.runs import METRICS_FILE, RECIPE_FILE, STATUS_FILE, Run, is_finished
 from hovle_train.runtime import Runtime, resolve_precision
+from hovle_train.sharded import whole
 from hovle_train.stages.base import Stage
-from hovle_train.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Trainer:
                 Ledger.merge(self.recipe.path)
         if writer is not None:
             writer.close()
-        self.weights.restore(self.module)
+        self.module = self.parallel.finish()
         export_final(self)
         self.runtime.barrier()
 
@@ -113,9 +113,11 @@ class Trainer:
         torch.manual_seed(self.recipe.seed)
         self.module, self.processor = self.stage.build()
         self.stage.processor = self.processor
-        self.module.to(self.runtime.device)
         freeze_except(self.module, self.stage.trainable(self.module))
-        self.weights = Weights(self.module, self.dtype)
+        self.parallel: Parallel = make_parallel(
+            self.recipe.parallel, self.module, self.stage, self.runtime, self.dtype
+        )
+        self.weights = self.parallel.weights
         self.optimizers = build_optimizers(self.recipe.optim, self.weights.masters)
         self.stage.setup(self.module, self.processor, self.runtime, self._progress)
 
@@ -165,13 +167,10 @@ class Trainer:
         set_train_mode(self.module)
         totals = self.count_targets(micro_batches)
         sums = dict.fromkeys(totals, 0.0)
-        for batch in micro_batches:
-            loss, logged = self.stage.loss(self.module, batch, totals)
-            loss.backward()
-            self.weights.collect()
-            for name, value in logged.items():
+        for batch in self.parallel.shares(micro_batches):
+            for name, value in self.parallel.backward(batch, totals).items():
                 sums[name] += float(value)
-        sync_gradients(self.weights, self.runtime.world_size)
+        self.parallel.sync()
         norm = self._gradient_norm()
         sums = self.runtime.sum(sums)
         if not all(map(torch.isfinite, map(torch.tensor, [norm, *sums.values()]))):
@@ -198,7 +197,8 @@ class Trainer:
     def _gradient_norm(self) -> float:
         parameters = [p for p in self.weights if p.grad is not None]
         limit = self.recipe.optim.grad_clip
-        return float(nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit))
+        norm = nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+        return float(whole(norm))
 
     def log(self, step: int, window: Window, writer: MetricsWriter | None, ledger: Ledger) -> None:
         last = step + 1 == self.recipe.train.steps
@@ -233,6 +233,7 @@ class Trainer:
         if (step + 1) % self.recipe.train.checkpoint_every or step + 1 == self.recipe.train.steps:
             return
         data = {name: lane for rank in self.runtime.gather(data_state) for name, lane in rank.items()}
+        tensors = checkpoint.gather(self.weights.masters, self.optimizers, self.runtime.is_main)
         path = None
         if self.runtime.is_main:
             state = {
@@ -244,7 +245,7 @@ class Trainer:
                 "parent_weights": self.parent_weights,
             }
             keep = self.recipe.train.keep_checkpoints
-            path = checkpoint.save(self.checkpoints, step, self.weights.masters, self.optimizers, state, keep)
+            path = checkpoint.save(self.checkpoints, step, tensors, state, keep)
             self.plugins.manager.hook.hovle_on_checkpoint(run=self.run_info, step=step, path=path)
             Ledger.merge(self.recipe.path)
         self.runtime.report({"step": step}, path)
