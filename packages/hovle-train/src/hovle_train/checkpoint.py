@@ -2,9 +2,11 @@
 safetensors and JSON only.
 
 Learning rate, data order and randomness are functions of the step, so these four resume a run exactly. A checkpoint
-appears by one rename, and carries the size of each of its files: what is torn is detected and the one before it used.
+appears by one rename, and carries size and SHA-256 of each of its files: what is torn is detected and the one before it
+used.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -52,12 +54,17 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], keep:
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
-    for name, content_of in tensors.items():
-        save_file(content_of, temporary / name)
-    sizes = {name: (temporary / name).stat().st_size for name in tensors}
-    content = {"step": step, "sizes": sizes, **state}
-    (temporary / STATE).write_text(json.dumps(content, indent=1))
-    sync_folder(temporary)
+    try:
+        for name, content_of in tensors.items():
+            save_file(content_of, temporary / name)
+        sizes = {name: (temporary / name).stat().st_size for name in tensors}
+        hashes = {name: file_hash(temporary / name) for name in tensors}
+        content = {"step": step, "sizes": sizes, "sha256": hashes, **state}
+        (temporary / STATE).write_text(json.dumps(content, indent=1))
+        sync_folder(temporary)
+    except BaseException:  # a full disk: give back what was taken
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if target.exists():
         shutil.rmtree(target)
     os.replace(temporary, target)
@@ -74,8 +81,24 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are byte for byte what was written; others are passed over with a warning."""
+    for path in reversed(complete_checkpoints(folder)):
+        hashes = read_state(path).get("sha256", {})  # checkpoints of older releases have none
+        if changed := [name for name, digest in hashes.items() if file_hash(path / name) != digest]:
+            logger.warning("checkpoint %s is damaged (%s): using the one before it", path, ", ".join(changed))
+            continue
+        return path
+    return None
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first; a torn one is passed over with a warning."""
+    """Checkpoints with files of the right sizes, oldest first; a torn one is passed over with a warning."""
     found = []
     for path in sorted(folder.glob("step-*")):
         if _is_whole(path):

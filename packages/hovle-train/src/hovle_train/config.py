@@ -184,7 +184,10 @@ class ResourcesConfig(Section):
     cpus_per_worker: int | None = Field(None, ge=1)
     use_gpu: bool = False
     accelerator_type: str | None = None
+    # Deaths of a worker or its node that the run survives by itself.
     max_failures: int = Field(3, ge=0)
+    # A run in which no step ends for so long is over, with the stacks of all ranks.
+    step_timeout_s: float = Field(1800, gt=0)
 
     @model_validator(mode="after")
     def _accelerators_are_used(self) -> "ResourcesConfig":

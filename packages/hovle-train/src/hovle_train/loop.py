@@ -21,6 +21,7 @@ from hovle_data.rows import RowLoader
 from hovle_train import checkpoint
 from hovle_train.config import Recipe
 from hovle_train.export import export_final
+from hovle_train.failure import STACKS, Stopped, Watchdog, asked_to_stop, check_finite, clear_disk_errors
 from hovle_train.fill import Fill
 from hovle_train.freeze import freeze_except, set_train_mode
 from hovle_train.lineage import check_finished, check_parent, check_same, parent_of, plugins_of, weights_hash
@@ -35,10 +36,6 @@ from hovle_train.stages.base import Stage
 logger = logging.getLogger(__name__)
 
 
-class NonFiniteError(FloatingPointError, ValueError):
-    """A loss or gradient that is not finite; the weights are those before the step."""
-
-
 class Trainer:
     """One stage of one run on one worker: `Trainer(...).run()` from wherever the run had got to."""
 
@@ -49,6 +46,7 @@ class Trainer:
         self.parent_weights: str | None = None  # known to rank 0, from `prepare` on
         self.data_state: State = {}  # what waited in packing windows behind the checkpoint resumed from
         self.fill = Fill(recipe.train, runtime)
+        self.stopping = False
         self.stage: Stage = plugins.registry.build(
             "stage", recipe.stage.name, recipe=recipe, registry=plugins.registry
         )
@@ -60,8 +58,13 @@ class Trainer:
         """Train to the last step and export; does nothing if the run is finished already.
 
         Raises NonFiniteError before the update if a loss or gradient is not finite, ValueError if the recipe
-        changed since the checkpoint, and whatever the data raises.
+        changed since the checkpoint, DiskFull, Stopped behind a checkpoint if somebody asked for it, and whatever the
+        data raises.
         """
+        with clear_disk_errors(self.recipe.path):
+            self._run()
+
+    def _run(self) -> None:
         if is_finished(self.recipe.path):
             check_finished(self.recipe)
             return
@@ -87,8 +90,12 @@ class Trainer:
 
     def train(self, loader: Loader, first: int, writer: MetricsWriter | None, ledger: Ledger) -> None:
         """The steps from `first` to the last."""
-        window = Window()
-        with loader.iterate(first, self.recipe.train.steps, self.data_state) as batches:
+        window, timeout = Window(), self.recipe.resources.step_timeout_s
+        stacks = self.recipe.path / STACKS
+        with (
+            Watchdog(stacks, self.runtime, timeout) as watchdog,
+            loader.iterate(first, self.recipe.train.steps, self.data_state) as batches,
+        ):
             for step, micro_batches, data_wait_s in batches:
                 logged = self.step(step, [batch.to(self.runtime.device) for batch in micro_batches])
                 self.tokens += sum(batch.num_tokens for batch in micro_batches)
@@ -98,7 +105,9 @@ class Trainer:
                 window.add(samples=sum(len(batch.keys) for batch in micro_batches), **logged)
                 self.fill.add(micro_batches)
                 self.log(step, window, writer, ledger)
+                watchdog.beat()
                 self.save(step, batches.state)
+                watchdog.beat()
 
     def prepare(self) -> None:
         """Build, freeze, make optimizers and whatever the stage needs; write the resolved recipe down."""
@@ -123,14 +132,13 @@ class Trainer:
 
     def resume(self) -> int:
         """Load the newest whole checkpoint, if there is one; returns the first step to do."""
-        found = checkpoint.complete_checkpoints(self.checkpoints)
-        first = 0
-        if found:
-            state = checkpoint.read_state(found[-1])
-            check_same(state["recipe"], self.recipe, f"checkpoint {found[-1]}")
+        found, first = checkpoint.newest(self.checkpoints), 0
+        if found is not None:
+            state = checkpoint.read_state(found)
+            check_same(state["recipe"], self.recipe, f"checkpoint {found}")
             recorded = state.get("parent_weights")
-            check_parent(recorded, self.parent_weights, self.recipe, f"checkpoint {found[-1]}")
-            checkpoint.load(found[-1], self.weights.masters, self.optimizers)
+            check_parent(recorded, self.parent_weights, self.recipe, f"checkpoint {found}")
+            checkpoint.load(found, self.weights.masters, self.optimizers)
             self.weights.publish()
             for change in self.plugins.changed_since(state["plugins"]):
                 logger.warning("%s: results may differ from those of an uninterrupted run", change)
@@ -172,13 +180,11 @@ class Trainer:
                 sums[name] += float(value)
         self.parallel.sync()
         norm = self._gradient_norm()
-        sums = self.runtime.sum(sums)
-        if not all(map(torch.isfinite, map(torch.tensor, [norm, *sums.values()]))):
-            keys = [key for batch in micro_batches for key in batch.keys]
-            raise NonFiniteError(
-                f"step {step}: loss or gradient is not finite ({sums}, gradient norm {norm}); stopped before the "
-                f"update. Samples of rank {self.runtime.rank}: {keys}"
-            )
+        own, stop = sums, {"stop": float(self.runtime.is_main and asked_to_stop(self.recipe.path))}
+        sums = self.runtime.sum(own | stop)
+        self.stopping = bool(sums.pop("stop"))  # all ranks stop behind the same step
+        keys = [key for batch in micro_batches for key in batch.keys]
+        check_finite(step, norm, sums, own, keys, (self.recipe.path, self.runtime))
         set_lr(self.optimizers, lr_share(self.recipe.optim, step, self.recipe.train.steps))
         for optimizer in self.optimizers:
             optimizer.step()
@@ -229,8 +235,10 @@ class Trainer:
         """A checkpoint every `checkpoint_every` steps, written by rank 0 and reported to Ray by all.
 
         data_state: of this rank's loader behind the step; the checkpoint has that of all ranks.
+        Raises Stopped behind one if the run was asked to stop.
         """
-        if (step + 1) % self.recipe.train.checkpoint_every or step + 1 == self.recipe.train.steps:
+        due = (step + 1) % self.recipe.train.checkpoint_every == 0
+        if step + 1 == self.recipe.train.steps or not (due or self.stopping):
             return
         data = {name: lane for rank in self.runtime.gather(data_state) for name, lane in rank.items()}
         tensors = checkpoint.gather(self.weights.masters, self.optimizers, self.runtime.is_main)
@@ -249,6 +257,8 @@ class Trainer:
             self.plugins.manager.hook.hovle_on_checkpoint(run=self.run_info, step=step, path=path)
             Ledger.merge(self.recipe.path)
         self.runtime.report({"step": step}, path)
+        if self.stopping:
+            raise Stopped(self.recipe.path)
 
     def _progress(self, what: str, done: int, total: int) -> None:
         """Long work before the first step, for whoever follows the run's folder."""
