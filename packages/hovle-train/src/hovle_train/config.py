@@ -167,6 +167,9 @@ class TrainConfig(Section):
     log_every: int = Field(10, gt=0)
     checkpoint_every: int = Field(500, gt=0)
     keep_checkpoints: int = Field(2, ge=1)
+    # Any fsspec URL (s3://bucket/prefix) or folder that gets a copy of checkpoints and of what the finished run leaves;
+    # a run whose run_dir is gone goes on from there.
+    storage_path: str | None = None
 
     @model_validator(mode="after")
     def _one_kind_of_step(self) -> "TrainConfig":

@@ -32,6 +32,7 @@ from hovle_train.runs import METRICS_FILE, RECIPE_FILE, STATUS_FILE, Run, is_fin
 from hovle_train.runtime import Runtime, resolve_precision
 from hovle_train.sharded import whole
 from hovle_train.stages.base import Stage
+from hovle_train.storage import RemoteRun
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Trainer:
         self.data_state: State = {}  # what waited in packing windows behind the checkpoint resumed from
         self.fill = Fill(recipe.train, runtime)
         self.stopping = False
+        self.remote = RemoteRun(recipe.train.storage_path) if recipe.train.storage_path else None
         self.stage: Stage = plugins.registry.build(
             "stage", recipe.stage.name, recipe=recipe, registry=plugins.registry
         )
@@ -86,6 +88,8 @@ class Trainer:
             writer.close()
         self.module = self.parallel.finish()
         export_final(self)
+        if self.remote is not None and self.runtime.is_main:
+            self.remote.push_final(self.recipe.path)
         self.runtime.barrier()
 
     def train(self, loader: Loader, first: int, writer: MetricsWriter | None, ledger: Ledger) -> None:
@@ -132,6 +136,10 @@ class Trainer:
 
     def resume(self) -> int:
         """Load the newest whole checkpoint, if there is one; returns the first step to do."""
+        if self.remote is not None:
+            if self.runtime.is_main:
+                self.remote.pull(self.recipe.path)
+            self.runtime.barrier()
         found, first = checkpoint.newest(self.checkpoints), 0
         if found is not None:
             state = checkpoint.read_state(found)
@@ -254,6 +262,8 @@ class Trainer:
             }
             keep = self.recipe.train.keep_checkpoints
             path = checkpoint.save(self.checkpoints, step, tensors, state, keep)
+            if self.remote is not None:
+                self.remote.push(path, self.recipe.path, keep)
             self.plugins.manager.hook.hovle_on_checkpoint(run=self.run_info, step=step, path=path)
             Ledger.merge(self.recipe.path)
         self.runtime.report({"step": step}, path)
