@@ -101,6 +101,21 @@ def test_two_ranks_with_fsdp2_are_one_process(make_recipe, plugins, tmp_path):
         assert_same_run(run, alone, *TOLERANCE[stage], steps=2 if stage == "alignment" else None)
 
 
+def test_unequal_ranks_share_a_step_by_their_speed_and_compute_the_same(make_recipe, plugins, tmp_path):
+    train = {"steps": 24, "micro_batch_tokens": 48, "min_fill": 0}
+    alone = make_recipe("instruction_tuning", run_dir=str(tmp_path / "alone"), train=train)
+    run_here(alone, plugins)
+    resources = {"num_workers": 2, "balance": True}
+    shared = make_recipe(
+        "instruction_tuning", run_dir=str(tmp_path / "shared"), train=train, resources=resources
+    )
+    run_ranks([{"recipe": shared.model_dump(mode="json"), "slow": [1, 0.004]}], tmp_path)
+    assert_same_run(shared, alone, 2e-3, 1e-2)
+    shares = curve(shared, "largest_share")
+    assert shares[0] == 0.5
+    assert shares[-1] > 0.7
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_compiled_layers_are_the_layers(make_recipe, plugins, tmp_path, strategy):

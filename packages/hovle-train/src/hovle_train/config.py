@@ -180,6 +180,16 @@ class TrainConfig(Section):
         return self
 
 
+class TeacherPoolConfig(Section):
+    """Teachers of distillation as Ray actors beside the training workers, on nodes of these resources and labels."""
+
+    actors: int = Field(1, ge=1)
+    cpus: float = Field(1, ge=0)
+    gpus: float = Field(0, ge=0)
+    custom: dict[str, Annotated[float, Field(gt=0)]] = {}
+    labels: dict[str, str] = {}
+
+
 class ResourcesConfig(Section):
     """What Ray is asked for. `cpus_per_worker` also sets a worker's threads; None shares out this machine's cores."""
 
@@ -187,6 +197,13 @@ class ResourcesConfig(Section):
     cpus_per_worker: int | None = Field(None, ge=1)
     use_gpu: bool = False
     accelerator_type: str | None = None
+    # Custom resources of a worker, as nodes offer them with `ray start --resources`, and labels its node must have.
+    custom: dict[str, Annotated[float, Field(gt=0)]] = {}
+    labels: dict[str, str] = {}
+    # None: every worker runs the teacher of its stage itself.
+    teacher_pool: TeacherPoolConfig | None = None
+    # Workers that are not equally fast take samples of a step by their measured speed.
+    balance: bool = False
     # Deaths of a worker or its node that the run survives by itself.
     max_failures: int = Field(3, ge=0)
     # A run in which no step ends for so long is over, with the stacks of all ranks.
@@ -252,6 +269,34 @@ class Recipe(Section):
                     f"weight of {source.path} is {source.weight}: how many samples full rows will hold is not known "
                     "beforehand; set train.global_batch_size in place of global_batch_rows, or give one weight"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _a_pool_has_a_teacher(self) -> "Recipe":
+        if self.resources.teacher_pool is not None and "teacher" not in self.stage.options:
+            raise ValueError(
+                f"resources.teacher_pool does nothing in stage {self.stage.name!r}, which names no teacher: leave it "
+                "out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_balanced(self) -> "Recipe":
+        if not self.resources.balance:
+            return self
+        for wrong, reason in (
+            (self.resources.num_workers == 1, "does nothing with num_workers 1: leave it out"),
+            (
+                self.train.global_batch_size is None,
+                "shares out samples: set train.global_batch_size in place of global_batch_rows",
+            ),
+            (
+                self.parallel.strategy == "fsdp2",
+                "cannot tell a rank's own work from its wait in FSDP2's layers: set parallel.strategy: ddp",
+            ),
+        ):
+            if wrong:
+                raise ValueError(f"resources.balance {reason}")
         return self
 
     @property

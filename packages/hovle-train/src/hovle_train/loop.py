@@ -19,6 +19,7 @@ from hovle_data.pipeline import Loader, State, StepLoader
 from hovle_data.quarantine import Ledger
 from hovle_data.rows import RowLoader
 from hovle_train import checkpoint
+from hovle_train.balance import Balance, BalancedLoader
 from hovle_train.config import Recipe
 from hovle_train.export import export_final
 from hovle_train.failure import STACKS, Stopped, Watchdog, asked_to_stop, check_finite, clear_disk_errors
@@ -48,6 +49,7 @@ class Trainer:
         self.data_state: State = {}  # what waited in packing windows behind the checkpoint resumed from
         self.fill = Fill(recipe.train, runtime)
         self.stopping = False
+        self.balance: Balance | None = None
         self.remote = RemoteRun(recipe.train.storage_path) if recipe.train.storage_path else None
         self.stage: Stage = plugins.registry.build(
             "stage", recipe.stage.name, recipe=recipe, registry=plugins.registry
@@ -175,6 +177,10 @@ class Trainer:
         if train.global_batch_rows is not None:
             return RowLoader(global_batch_rows=train.global_batch_rows, **common)
         assert train.global_batch_size is not None  # the recipe has one of the two
+        if self.recipe.resources.balance and self.runtime.world_size > 1:
+            # A loader holds its prefetched steps, one in hand, and the one that trains.
+            self.balance = Balance(self.runtime, train.global_batch_size, ahead=data.prefetch_steps + 2)
+            return BalancedLoader(self.balance, global_batch_size=train.global_batch_size, **common)
         return StepLoader(global_batch_size=train.global_batch_size, **common)
 
     def step(self, step: int, micro_batches: Sequence[PackedBatch]) -> dict[str, float]:
@@ -183,9 +189,13 @@ class Trainer:
         set_train_mode(self.module)
         totals = self.count_targets(micro_batches)
         sums = dict.fromkeys(totals, 0.0)
+        started = time.perf_counter()
         for batch in self.parallel.shares(micro_batches):
             for name, value in self.parallel.backward(batch, totals).items():
                 sums[name] += float(value)
+        if self.balance is not None:
+            tokens = sum(batch.num_tokens for batch in micro_batches)
+            self.balance.add(step, tokens, time.perf_counter() - started)
         self.parallel.sync()
         norm = self._gradient_norm()
         own, stop = sums, {"stop": float(self.runtime.is_main and asked_to_stop(self.recipe.path))}
@@ -225,7 +235,7 @@ class Trainer:
             {"tokens": tokens, "samples": samples, "bad": ledger.num_bad, "truncated": ledger.num_truncated}
         )
         metrics: dict[str, Any] = {name: value / steps for name, value in sums.items()}
-        metrics |= self.fill.measure()
+        metrics |= self.fill.measure() | (self.balance.metrics(step) if self.balance is not None else {})
         metrics |= {
             "lr": self.optimizers[0].param_groups[0]["lr"],
             "tokens_per_s": counted["tokens"] / seconds,

@@ -51,6 +51,8 @@ def run_local(recipe: Recipe) -> None:
         raise ValueError(
             f"resources.num_workers is {recipe.resources.num_workers}, but --local is one process"
         )
+    if recipe.resources.teacher_pool is not None:
+        raise ValueError("resources.teacher_pool needs Ray: leave out --local, or the pool")
     from hovle_train.loop import Trainer
 
     device = torch.device("cuda" if recipe.resources.use_gpu else "cpu")
@@ -75,8 +77,10 @@ def run_on_ray(recipe: Recipe) -> None:
     cpus = resources.cpus_per_worker or max(
         1, int(ray.cluster_resources().get("CPU", 1)) // resources.num_workers
     )
+    labels: dict[str, Any] = {"label_selector": resources.labels} if resources.labels else {}
     config = {"recipe": absolute(recipe).model_dump(mode="json"), "commit": git_commit()}
     attempt = secrets.token_hex(8)
+    pool = _start_pool(recipe)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={**config, "attempt": attempt},
@@ -84,8 +88,13 @@ def run_on_ray(recipe: Recipe) -> None:
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=resources.use_gpu,
-            resources_per_worker={"CPU": cpus, **({"GPU": 1} if resources.use_gpu else {})},
+            resources_per_worker={
+                "CPU": cpus,
+                **({"GPU": 1} if resources.use_gpu else {}),
+                **resources.custom,
+            },
             accelerator_type=resources.accelerator_type,
+            **labels,
         ),
         run_config=RunConfig(
             name=recipe.stage.name,
@@ -98,11 +107,21 @@ def run_on_ray(recipe: Recipe) -> None:
         with stop_on_sigterm(recipe.path) as asked:
             trainer.fit()
     finally:
+        for teacher in pool:
+            ray.kill(teacher)
         error = _read_error(recipe.path, attempt)
         if error is not None:
             raise RecipeError(error)
     if asked.is_set() and not is_finished(recipe.path):
         raise Stopped(recipe.path)
+
+
+def _start_pool(recipe: Recipe) -> list[Any]:
+    if recipe.resources.teacher_pool is None:
+        return []
+    from hovle_train.teacher_pool import start_pool  # imports torch's half of the packages
+
+    return start_pool(absolute(recipe))
 
 
 def start_ray() -> None:
