@@ -2,9 +2,11 @@
 safetensors and JSON only.
 
 Learning rate, data order and randomness are functions of the step, so these four resume a run exactly. A checkpoint
-appears by one rename, and carries the size of each of its files: what is torn is detected and the one before it used.
+appears by one rename, and carries size and SHA-256 of each of its files: what is torn is detected and the one before it
+used.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -17,34 +19,52 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hovle_train.sharded import share_like, whole
+
 logger = logging.getLogger(__name__)
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
 
-def save(
-    folder: Path,
-    step: int,
-    weights: Mapping[str, nn.Parameter],
-    optimizers: Iterable[torch.optim.Optimizer],
-    state: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write `folder/step-<step>`, then drop all but the newest `keep`. Returns its path.
+Tensors = dict[str, dict[str, torch.Tensor]]
+"""Whole tensors on the CPU, by file and name."""
 
-    `weights` are the tensors a run changes, by name; what is frozen comes from the parent checkpoint.
+
+def gather(
+    weights: Mapping[str, nn.Parameter], optimizers: Iterable[torch.optim.Optimizer], keep: bool = True
+) -> Tensors:
+    """What a checkpoint holds: the tensors a run changes, and the optimizer's; what is frozen is the parent's.
+
+    All ranks call it, since each may hold a share of a tensor; those with `keep` get the tensors.
     """
+    files: Tensors = {MODEL: {}, OPTIMIZER: {}}
+    named = {MODEL: weights, OPTIMIZER: optimizer_state(weights, optimizers)}
+    for file, tensors in named.items():
+        for name, tensor in tensors.items():
+            found = whole(tensor.detach())
+            if keep:
+                files[file][name] = found.cpu().contiguous()
+    return files
+
+
+def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], keep: int) -> Path:
+    """Write `folder/step-<step>`, then drop all but the newest `keep`. Returns its path."""
     target = folder / f"step-{step:08d}"
     temporary = folder / f".writing-{step:08d}-{os.getpid()}"
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
-    save_file({name: p.detach().cpu().contiguous() for name, p in weights.items()}, temporary / MODEL)
-    save_file(optimizer_state(weights, optimizers), temporary / OPTIMIZER)
-    sizes = {name: (temporary / name).stat().st_size for name in (MODEL, OPTIMIZER)}
-    content = {"step": step, "sizes": sizes, **state}
-    (temporary / STATE).write_text(json.dumps(content, indent=1))
-    sync_folder(temporary)
+    try:
+        for name, content_of in tensors.items():
+            save_file(content_of, temporary / name)
+        sizes = {name: (temporary / name).stat().st_size for name in tensors}
+        hashes = {name: file_hash(temporary / name) for name in tensors}
+        content = {"step": step, "sizes": sizes, "sha256": hashes, **state}
+        (temporary / STATE).write_text(json.dumps(content, indent=1))
+        sync_folder(temporary)
+    except BaseException:  # a full disk: give back what was taken
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if target.exists():
         shutil.rmtree(target)
     os.replace(temporary, target)
@@ -61,8 +81,24 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are byte for byte what was written; others are passed over with a warning."""
+    for path in reversed(complete_checkpoints(folder)):
+        hashes = read_state(path).get("sha256", {})  # checkpoints of older releases have none
+        if changed := [name for name, digest in hashes.items() if file_hash(path / name) != digest]:
+            logger.warning("checkpoint %s is damaged (%s): using the one before it", path, ", ".join(changed))
+            continue
+        return path
+    return None
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first; a torn one is passed over with a warning."""
+    """Checkpoints with files of the right sizes, oldest first; a torn one is passed over with a warning."""
     found = []
     for path in sorted(folder.glob("step-*")):
         if _is_whole(path):
@@ -99,7 +135,7 @@ def load(
         )
     with torch.no_grad():
         for name, parameter in weights.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(share_like(parameter, saved[name]))
     load_optimizer_state(weights, optimizers, load_file(path / OPTIMIZER))
 
 
@@ -111,13 +147,13 @@ def read_state(path: Path) -> dict[str, Any]:
 def optimizer_state(
     weights: Mapping[str, nn.Parameter], optimizers: Iterable[torch.optim.Optimizer]
 ) -> dict[str, torch.Tensor]:
-    """What optimizers remember of each parameter, as `<kind>/<parameter name>` (`exp_avg/head.weight`).
+    """What optimizers remember of each parameter, as `<kind>/<parameter name>` (`exp_avg/head.weight`), as it is.
 
     Their settings are the recipe's and the step's, and are not stored.
     """
     names: dict[torch.Tensor, str] = {p: name for name, p in weights.items()}
     return {
-        f"{kind}/{names[p]}": value.detach().cpu().contiguous()
+        f"{kind}/{names[p]}": value
         for optimizer in optimizers
         for p, state in optimizer.state.items()
         for kind, value in state.items()
@@ -129,11 +165,11 @@ def load_optimizer_state(
     optimizers: Iterable[torch.optim.Optimizer],
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
-    """Restore what `optimizer_state` gave, on the parameters' devices."""
+    """Restore what `gather` found of optimizers, on the parameters' devices and in their shards."""
     owner = {
         p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
     }
     for key, value in tensors.items():
         kind, name = key.split("/", 1)
         p = weights[name]
-        owner[p].state[p][kind] = value.to(p.device)
+        owner[p].state[p][kind] = share_like(p, value) if value.shape == p.shape else value.to(p.device)

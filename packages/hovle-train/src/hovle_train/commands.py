@@ -46,11 +46,15 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def train(recipe: Recipe, local: bool = False, console: Console | None = None) -> None:
-    """Run a recipe to its end with a progress bar, resuming what is there; says so if it is finished already."""
+    """Run a recipe to its end with a progress bar, resuming what is there; says so if it is finished already.
+
+    Raises Stopped, which ends the process with code 75, if SIGTERM stopped the run behind a checkpoint.
+    """
     import torch
     from rich.console import Console
     from transformers.utils import logging
 
+    from hovle_train.failure import Stopped
     from hovle_train.lineage import check_finished
     from hovle_train.progress import follow
     from hovle_train.ray_trainer import run_local, run_on_ray
@@ -65,8 +69,12 @@ def train(recipe: Recipe, local: bool = False, console: Console | None = None) -
     device = torch.device("cuda" if recipe.resources.use_gpu else "cpu")
     if recipe.train.precision == "auto" and not recipe.resources.use_gpu and not has_fast_bfloat16(device):
         console.print("[yellow]warning:[/] this CPU has no fast bfloat16: float32, about three times slower")
-    with follow(recipe.path, recipe.stage.name, recipe.train.steps, console):
-        (run_local if local else run_on_ray)(recipe)
+    try:
+        with follow(recipe.path, recipe.stage.name, recipe.train.steps, console):
+            (run_local if local else run_on_ray)(recipe)
+    except Stopped as stopped:
+        console.print(f"{recipe.stage.name}: {stopped}", highlight=False, soft_wrap=True)
+        raise
     summary = read_summary(recipe.path)
     numbers = "  ".join(f"{k} {v:.4g}" for k, v in summary["metrics"].items() if isinstance(v, float))
     console.print(

@@ -170,6 +170,9 @@ class TrainConfig(Section):
     log_every: int = Field(10, gt=0)
     checkpoint_every: int = Field(500, gt=0)
     keep_checkpoints: int = Field(2, ge=1)
+    # Any fsspec URL (s3://bucket/prefix) or folder that gets a copy of checkpoints and of what the finished run leaves;
+    # a run whose run_dir is gone goes on from there.
+    storage_path: str | None = None
 
     @model_validator(mode="after")
     def _one_kind_of_step(self) -> "TrainConfig":
@@ -180,6 +183,16 @@ class TrainConfig(Section):
         return self
 
 
+class TeacherPoolConfig(Section):
+    """Teachers of distillation as Ray actors beside the training workers, on nodes of these resources and labels."""
+
+    actors: int = Field(1, ge=1)
+    cpus: float = Field(1, ge=0)
+    gpus: float = Field(0, ge=0)
+    custom: dict[str, Annotated[float, Field(gt=0)]] = {}
+    labels: dict[str, str] = {}
+
+
 class ResourcesConfig(Section):
     """What Ray is asked for. `cpus_per_worker` also sets a worker's threads; None shares out this machine's cores."""
 
@@ -187,7 +200,17 @@ class ResourcesConfig(Section):
     cpus_per_worker: int | None = Field(None, ge=1)
     use_gpu: bool = False
     accelerator_type: str | None = None
+    # Custom resources of a worker, as nodes offer them with `ray start --resources`, and labels its node must have.
+    custom: dict[str, Annotated[float, Field(gt=0)]] = {}
+    labels: dict[str, str] = {}
+    # None: every worker runs the teacher of its stage itself.
+    teacher_pool: TeacherPoolConfig | None = None
+    # Workers that are not equally fast take samples of a step by their measured speed.
+    balance: bool = False
+    # Deaths of a worker or its node that the run survives by itself.
     max_failures: int = Field(3, ge=0)
+    # A run in which no step ends for so long is over, with the stacks of all ranks.
+    step_timeout_s: float = Field(1800, gt=0)
 
     @model_validator(mode="after")
     def _accelerators_are_used(self) -> "ResourcesConfig":
@@ -196,6 +219,29 @@ class ResourcesConfig(Section):
                 f"accelerator_type {self.accelerator_type!r} does nothing with use_gpu: false: leave it out, or set "
                 "use_gpu: true"
             )
+        return self
+
+
+class ParallelConfig(Section):
+    """How workers share a step: `ddp` keeps the weights on each, `fsdp2` a share of weights, gradients and optimizer
+    state. Checkpoints are the same, so a run may go on with the other, and with another number of workers."""
+
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    # fsdp2: false keeps a layer's weights between forward and backward, for memory against communication.
+    reshard_after_forward: bool = True
+    # fsdp2: in which gradients are summed over workers.
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    # Norms and MLPs of transformer layers through torch.compile.
+    compile: bool = False
+
+    @model_validator(mode="after")
+    def _strategy_reads_them(self) -> "ParallelConfig":
+        for name in ("reshard_after_forward", "reduce_dtype"):
+            if self.strategy != "fsdp2" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} does nothing with strategy {self.strategy!r}: leave it out, or "
+                    "set strategy: fsdp2"
+                )
         return self
 
 
@@ -215,6 +261,7 @@ class Recipe(Section):
     optim: OptimConfig
     train: TrainConfig
     resources: ResourcesConfig = ResourcesConfig()
+    parallel: ParallelConfig = ParallelConfig()
     observers: ObserversConfig = ObserversConfig()
 
     @model_validator(mode="after")
@@ -225,6 +272,34 @@ class Recipe(Section):
                     f"weight of {source.path} is {source.weight}: how many samples full rows will hold is not known "
                     "beforehand; set train.global_batch_size in place of global_batch_rows, or give one weight"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _a_pool_has_a_teacher(self) -> "Recipe":
+        if self.resources.teacher_pool is not None and "teacher" not in self.stage.options:
+            raise ValueError(
+                f"resources.teacher_pool does nothing in stage {self.stage.name!r}, which names no teacher: leave it "
+                "out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_balanced(self) -> "Recipe":
+        if not self.resources.balance:
+            return self
+        for wrong, reason in (
+            (self.resources.num_workers == 1, "does nothing with num_workers 1: leave it out"),
+            (
+                self.train.global_batch_size is None,
+                "shares out samples: set train.global_batch_size in place of global_batch_rows",
+            ),
+            (
+                self.parallel.strategy == "fsdp2",
+                "cannot tell a rank's own work from its wait in FSDP2's layers: set parallel.strategy: ddp",
+            ),
+        ):
+            if wrong:
+                raise ValueError(f"resources.balance {reason}")
         return self
 
     @property

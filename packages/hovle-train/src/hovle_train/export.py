@@ -68,11 +68,15 @@ def export_final(trainer: "Trainer") -> None:
     temporary = folder / f".{FINAL}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    trainer.stage.export(trainer.module, trainer.processor, temporary)
-    card = summary(trainer)
-    (temporary / RUN_CARD).write_text(json.dumps(card, indent=1))
-    write_json(folder / SUMMARY_FILE, card)
-    sync_folder(temporary)
+    try:
+        trainer.stage.export(trainer.module, trainer.processor, temporary)
+        card = summary(trainer)
+        (temporary / RUN_CARD).write_text(json.dumps(card, indent=1))
+        write_json(folder / SUMMARY_FILE, card)
+        sync_folder(temporary)
+    except BaseException:  # a full disk: give back what was taken
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     os.replace(temporary, folder / FINAL)
     shutil.rmtree(trainer.checkpoints, ignore_errors=True)
     trainer.plugins.manager.hook.hovle_on_checkpoint(

@@ -16,9 +16,13 @@ FREE_FIELDS = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.storage_path",
     "train.min_fill",
     "data.prefetch_steps",
     "data.num_threads",
+    "parallel.strategy",
+    "parallel.reshard_after_forward",
+    "parallel.compile",
 )
 
 
@@ -113,6 +117,9 @@ def absolute(recipe: Recipe) -> Recipe:
     for source in [*recipe.data.sources, *recipe.data.images, *recipe.data.texts]:
         source.path = _absolute_path(source.path)
         source.options = _absolute(source.options)
+    storage = recipe.train.storage_path
+    if storage is not None and "://" not in storage:
+        recipe.train.storage_path = str(Path(storage).resolve())
     model = recipe.model
     if model.init_from is not None:
         model.init_from = _absolute_path(model.init_from)

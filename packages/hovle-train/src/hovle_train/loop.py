@@ -19,28 +19,27 @@ from hovle_data.pipeline import Loader, State, StepLoader
 from hovle_data.quarantine import Ledger
 from hovle_data.rows import RowLoader
 from hovle_train import checkpoint
+from hovle_train.balance import Balance, BalancedLoader
 from hovle_train.config import Recipe
 from hovle_train.export import export_final
+from hovle_train.failure import STACKS, Stopped, Watchdog, asked_to_stop, check_finite, clear_disk_errors
 from hovle_train.fill import Fill
 from hovle_train.freeze import freeze_except, set_train_mode
 from hovle_train.lineage import check_finished, check_parent, check_same, parent_of, plugins_of, weights_hash
 from hovle_train.metrics import MetricsWriter, Window, truncate_metrics
 from hovle_train.optim import build_optimizers, lr_share, set_lr
-from hovle_train.parallel import sync_gradients
+from hovle_train.parallel import Parallel, make_parallel
 from hovle_train.runs import METRICS_FILE, RECIPE_FILE, STATUS_FILE, Run, is_finished
 from hovle_train.runtime import Runtime, resolve_precision
+from hovle_train.sharded import whole
 from hovle_train.stages.base import Stage
-from hovle_train.weights import Weights
+from hovle_train.storage import RemoteRun
 
 logger = logging.getLogger(__name__)
 
 # oneDNN, behind bfloat16 matmuls on a CPU, makes a kernel for each new shape, which takes longer than a small matmul
 # itself. Rows of few different lengths find theirs made (benchmarks/cpu_steps.py).
 LENGTHS_ON_CPU = 128
-
-
-class NonFiniteError(FloatingPointError, ValueError):
-    """A loss or gradient that is not finite; the weights are those before the step."""
 
 
 class Trainer:
@@ -53,6 +52,9 @@ class Trainer:
         self.parent_weights: str | None = None  # known to rank 0, from `prepare` on
         self.data_state: State = {}  # what waited in packing windows behind the checkpoint resumed from
         self.fill = Fill(recipe.train, runtime)
+        self.stopping = False
+        self.balance: Balance | None = None
+        self.remote = RemoteRun(recipe.train.storage_path) if recipe.train.storage_path else None
         self.stage: Stage = plugins.registry.build(
             "stage", recipe.stage.name, recipe=recipe, registry=plugins.registry
         )
@@ -64,8 +66,13 @@ class Trainer:
         """Train to the last step and export; does nothing if the run is finished already.
 
         Raises NonFiniteError before the update if a loss or gradient is not finite, ValueError if the recipe
-        changed since the checkpoint, and whatever the data raises.
+        changed since the checkpoint, DiskFull, Stopped behind a checkpoint if somebody asked for it, and whatever the
+        data raises.
         """
+        with clear_disk_errors(self.recipe.path):
+            self._run()
+
+    def _run(self) -> None:
         if is_finished(self.recipe.path):
             check_finished(self.recipe)
             return
@@ -85,14 +92,20 @@ class Trainer:
                 Ledger.merge(self.recipe.path)
         if writer is not None:
             writer.close()
-        self.weights.restore(self.module)
+        self.module = self.parallel.finish()
         export_final(self)
+        if self.remote is not None and self.runtime.is_main:
+            self.remote.push_final(self.recipe.path)
         self.runtime.barrier()
 
     def train(self, loader: Loader, first: int, writer: MetricsWriter | None, ledger: Ledger) -> None:
         """The steps from `first` to the last."""
-        window = Window()
-        with loader.iterate(first, self.recipe.train.steps, self.data_state) as batches:
+        window, timeout = Window(), self.recipe.resources.step_timeout_s
+        stacks = self.recipe.path / STACKS
+        with (
+            Watchdog(stacks, self.runtime, timeout) as watchdog,
+            loader.iterate(first, self.recipe.train.steps, self.data_state) as batches,
+        ):
             for step, micro_batches, data_wait_s in batches:
                 logged = self.step(step, [self.place(batch) for batch in micro_batches])
                 self.tokens += sum(batch.num_tokens for batch in micro_batches)
@@ -102,7 +115,9 @@ class Trainer:
                 window.add(samples=sum(len(batch.keys) for batch in micro_batches), **logged)
                 self.fill.add(micro_batches)
                 self.log(step, window, writer, ledger)
+                watchdog.beat()
                 self.save(step, batches.state)
+                watchdog.beat()
 
     def prepare(self) -> None:
         """Build, freeze, make optimizers and whatever the stage needs; write the resolved recipe down."""
@@ -121,22 +136,27 @@ class Trainer:
         self.padding_id = next(
             i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None
         )
-        self.module.to(self.runtime.device)
         freeze_except(self.module, self.stage.trainable(self.module))
-        self.weights = Weights(self.module, self.dtype)
+        self.parallel: Parallel = make_parallel(
+            self.recipe.parallel, self.module, self.stage, self.runtime, self.dtype
+        )
+        self.weights = self.parallel.weights
         self.optimizers = build_optimizers(self.recipe.optim, self.weights.masters)
         self.stage.setup(self.module, self.processor, self.runtime, self._progress)
 
     def resume(self) -> int:
         """Load the newest whole checkpoint, if there is one; returns the first step to do."""
-        found = checkpoint.complete_checkpoints(self.checkpoints)
-        first = 0
-        if found:
-            state = checkpoint.read_state(found[-1])
-            check_same(state["recipe"], self.recipe, f"checkpoint {found[-1]}")
+        if self.remote is not None:
+            if self.runtime.is_main:
+                self.remote.pull(self.recipe.path)
+            self.runtime.barrier()
+        found, first = checkpoint.newest(self.checkpoints), 0
+        if found is not None:
+            state = checkpoint.read_state(found)
+            check_same(state["recipe"], self.recipe, f"checkpoint {found}")
             recorded = state.get("parent_weights")
-            check_parent(recorded, self.parent_weights, self.recipe, f"checkpoint {found[-1]}")
-            checkpoint.load(found[-1], self.weights.masters, self.optimizers)
+            check_parent(recorded, self.parent_weights, self.recipe, f"checkpoint {found}")
+            checkpoint.load(found, self.weights.masters, self.optimizers)
             self.weights.publish()
             for change in self.plugins.changed_since(state["plugins"]):
                 logger.warning("%s: results may differ from those of an uninterrupted run", change)
@@ -165,6 +185,10 @@ class Trainer:
         if train.global_batch_rows is not None:
             return RowLoader(global_batch_rows=train.global_batch_rows, **common)
         assert train.global_batch_size is not None  # the recipe has one of the two
+        if self.recipe.resources.balance and self.runtime.world_size > 1:
+            # A loader holds its prefetched steps, one in hand, and the one that trains.
+            self.balance = Balance(self.runtime, train.global_batch_size, ahead=data.prefetch_steps + 2)
+            return BalancedLoader(self.balance, global_batch_size=train.global_batch_size, **common)
         return StepLoader(global_batch_size=train.global_batch_size, **common)
 
     def place(self, batch: PackedBatch) -> PackedBatch:
@@ -182,21 +206,20 @@ class Trainer:
         set_train_mode(self.module)
         totals = self.count_targets(micro_batches)
         sums = dict.fromkeys(totals, 0.0)
-        for batch in micro_batches:
-            loss, logged = self.stage.loss(self.module, batch, totals)
-            loss.backward()
-            self.weights.collect()
-            for name, value in logged.items():
+        started = time.perf_counter()
+        for batch in self.parallel.shares(micro_batches):
+            for name, value in self.parallel.backward(batch, totals).items():
                 sums[name] += float(value)
-        sync_gradients(self.weights, self.runtime.world_size)
+        if self.balance is not None:
+            tokens = sum(batch.num_tokens for batch in micro_batches)
+            self.balance.add(step, tokens, time.perf_counter() - started)
+        self.parallel.sync()
         norm = self._gradient_norm()
-        sums = self.runtime.sum(sums)
-        if not all(map(torch.isfinite, map(torch.tensor, [norm, *sums.values()]))):
-            keys = [key for batch in micro_batches for key in batch.keys]
-            raise NonFiniteError(
-                f"step {step}: loss or gradient is not finite ({sums}, gradient norm {norm}); stopped before the "
-                f"update. Samples of rank {self.runtime.rank}: {keys}"
-            )
+        own, stop = sums, {"stop": float(self.runtime.is_main and asked_to_stop(self.recipe.path))}
+        sums = self.runtime.sum(own | stop)
+        self.stopping = bool(sums.pop("stop"))  # all ranks stop behind the same step
+        keys = [key for batch in micro_batches for key in batch.keys]
+        check_finite(step, norm, sums, own, keys, (self.recipe.path, self.runtime))
         set_lr(self.optimizers, lr_share(self.recipe.optim, step, self.recipe.train.steps))
         for optimizer in self.optimizers:
             optimizer.step()
@@ -215,7 +238,8 @@ class Trainer:
     def _gradient_norm(self) -> float:
         parameters = [p for p in self.weights if p.grad is not None]
         limit = self.recipe.optim.grad_clip
-        return float(nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit))
+        norm = nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+        return float(whole(norm))
 
     def log(self, step: int, window: Window, writer: MetricsWriter | None, ledger: Ledger) -> None:
         last = step + 1 == self.recipe.train.steps
@@ -228,7 +252,7 @@ class Trainer:
             {"tokens": tokens, "samples": samples, "bad": ledger.num_bad, "truncated": ledger.num_truncated}
         )
         metrics: dict[str, Any] = {name: value / steps for name, value in sums.items()}
-        metrics |= self.fill.measure()
+        metrics |= self.fill.measure() | (self.balance.metrics(step) if self.balance is not None else {})
         metrics |= {
             "lr": self.optimizers[0].param_groups[0]["lr"],
             "tokens_per_s": counted["tokens"] / seconds,
@@ -246,10 +270,13 @@ class Trainer:
         """A checkpoint every `checkpoint_every` steps, written by rank 0 and reported to Ray by all.
 
         data_state: of this rank's loader behind the step; the checkpoint has that of all ranks.
+        Raises Stopped behind one if the run was asked to stop.
         """
-        if (step + 1) % self.recipe.train.checkpoint_every or step + 1 == self.recipe.train.steps:
+        due = (step + 1) % self.recipe.train.checkpoint_every == 0
+        if step + 1 == self.recipe.train.steps or not (due or self.stopping):
             return
         data = {name: lane for rank in self.runtime.gather(data_state) for name, lane in rank.items()}
+        tensors = checkpoint.gather(self.weights.masters, self.optimizers, self.runtime.is_main)
         path = None
         if self.runtime.is_main:
             state = {
@@ -261,10 +288,14 @@ class Trainer:
                 "parent_weights": self.parent_weights,
             }
             keep = self.recipe.train.keep_checkpoints
-            path = checkpoint.save(self.checkpoints, step, self.weights.masters, self.optimizers, state, keep)
+            path = checkpoint.save(self.checkpoints, step, tensors, state, keep)
+            if self.remote is not None:
+                self.remote.push(path, self.recipe.path, keep)
             self.plugins.manager.hook.hovle_on_checkpoint(run=self.run_info, step=step, path=path)
             Ledger.merge(self.recipe.path)
         self.runtime.report({"step": step}, path)
+        if self.stopping:
+            raise Stopped(self.recipe.path)
 
     def _progress(self, what: str, done: int, total: int) -> None:
         """Long work before the first step, for whoever follows the run's folder."""

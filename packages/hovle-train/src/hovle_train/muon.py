@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hovle_train.sharded import as_share_of, local, share_like, whole
+
 # Quintic Newton-Schulz coefficients of the original.
 A, B, C = 3.4445, -4.7750, 2.0315
 STEPS = 5
@@ -58,14 +60,17 @@ class BatchedMuon(torch.optim.Optimizer):
                 self._step_alike(members, group, 0.2 * math.sqrt(max(shape)))
 
     def _step_alike(self, members: list[Tensor], group: dict[str, Any], scale: float) -> None:
-        grads = [p.grad for p in members if p.grad is not None]
-        buffers = []
         for p in members:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers.append(self.state[p]["momentum_buffer"])
+        weights = [local(p) for p in members]
+        grads = [local(p.grad) for p in members if p.grad is not None]
+        buffers = [local(self.state[p]["momentum_buffer"]) for p in members]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        updates = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
-        directions = orthogonalize(updates).to(members[0].dtype).unbind(0)
-        torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(members, directions, alpha=-group["lr"] * scale)
+        updates = torch._foreach_lerp(grads, buffers, group["momentum"])
+        # A direction depends on the whole matrix: sharded ones are gathered, and every rank computes all of them.
+        whole_updates = torch.stack([whole(as_share_of(p, u)) for p, u in zip(members, updates, strict=True)])
+        directions = orthogonalize(whole_updates).to(members[0].dtype).unbind(0)
+        steps = [local(share_like(p, d)) for p, d in zip(members, directions, strict=True)]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, steps, alpha=-group["lr"] * scale)

@@ -17,7 +17,9 @@ import torch
 from hovle_core.plugins import load_plugins
 from hovle_train.config import Recipe
 from hovle_train.export import git_commit, write_json
+from hovle_train.failure import Stopped, stop_on_sigterm
 from hovle_train.lineage import absolute
+from hovle_train.runs import is_finished
 from hovle_train.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -54,10 +56,13 @@ def run_local(recipe: Recipe) -> None:
         raise ValueError(
             f"resources.num_workers is {recipe.resources.num_workers}, but --local is one process"
         )
+    if recipe.resources.teacher_pool is not None:
+        raise ValueError("resources.teacher_pool needs Ray: leave out --local, or the pool")
     from hovle_train.loop import Trainer
 
     device = torch.device("cuda" if recipe.resources.use_gpu else "cpu")
-    Trainer(recipe, load_plugins(), Runtime(device=device), commit=git_commit()).run()
+    with stop_on_sigterm(recipe.path):
+        Trainer(recipe, load_plugins(), Runtime(device=device), commit=git_commit()).run()
 
 
 def run_on_ray(recipe: Recipe) -> None:
@@ -65,7 +70,8 @@ def run_on_ray(recipe: Recipe) -> None:
 
     A worker that dies is restarted up to `resources.max_failures` times and resumes from the newest checkpoint in
     `run_dir`, which all workers must share. Raises ray.train's TrainingFailedError after that. What a restart cannot
-    mend (a bad recipe, unreadable data, a loss that is not finite) is not tried again, and raises RecipeError.
+    mend (a bad recipe, unreadable data, a full disk, a loss that is not finite, a rank that hangs) is not tried again,
+    and raises RecipeError. SIGTERM to this process stops all workers behind a checkpoint and raises Stopped.
     """
     start_ray()
     import ray
@@ -76,8 +82,10 @@ def run_on_ray(recipe: Recipe) -> None:
     cpus = resources.cpus_per_worker or max(
         1, int(ray.cluster_resources().get("CPU", 1)) // resources.num_workers
     )
+    labels: dict[str, Any] = {"label_selector": resources.labels} if resources.labels else {}
     config = {"recipe": absolute(recipe).model_dump(mode="json"), "commit": git_commit()}
     attempt = secrets.token_hex(8)
+    pool = _start_pool(recipe)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={**config, "attempt": attempt},
@@ -85,8 +93,13 @@ def run_on_ray(recipe: Recipe) -> None:
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=resources.use_gpu,
-            resources_per_worker={"CPU": cpus, **({"GPU": 1} if resources.use_gpu else {})},
+            resources_per_worker={
+                "CPU": cpus,
+                **({"GPU": 1} if resources.use_gpu else {}),
+                **resources.custom,
+            },
             accelerator_type=resources.accelerator_type,
+            **labels,
         ),
         run_config=RunConfig(
             name=recipe.stage.name,
@@ -98,11 +111,24 @@ def run_on_ray(recipe: Recipe) -> None:
         ),
     )
     try:
-        trainer.fit()
+        with stop_on_sigterm(recipe.path) as asked:
+            trainer.fit()
     finally:
+        for teacher in pool:
+            ray.kill(teacher)
         error = _read_error(recipe.path, attempt)
         if error is not None:
             raise RecipeError(error)
+    if asked.is_set() and not is_finished(recipe.path):
+        raise Stopped(recipe.path)
+
+
+def _start_pool(recipe: Recipe) -> list[Any]:
+    if recipe.resources.teacher_pool is None:
+        return []
+    from hovle_train.teacher_pool import start_pool  # imports torch's half of the packages
+
+    return start_pool(absolute(recipe))
 
 
 def _waiting(num_workers: int) -> dict[str, str]:
@@ -160,16 +186,19 @@ def _worker(config: dict[str, Any]) -> None:
     recipe = Recipe.model_validate(config["recipe"])
     if _read_error(recipe.path, config["attempt"]) is not None:
         return  # this attempt failed for good: a restart has nothing to add
-    runtime = Runtime(context.get_world_rank(), context.get_world_size(), get_device(), report)
+    rank = context.get_world_rank()
+
+    def give_up(message: str) -> None:
+        content = {"attempt": config["attempt"], "rank": rank, "error": message}
+        write_json(recipe.path / ERROR_FILE, content)
+
+    runtime = Runtime(rank, context.get_world_size(), get_device(), report, give_up)
     try:
         Trainer(recipe, load_plugins(), runtime, commit=config["commit"]).run()
+    except Stopped as stopped:
+        logger.info("%s", stopped)  # whoever asked knows what to do
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        content = {
-            "attempt": config["attempt"],
-            "rank": runtime.rank,
-            "error": f"{type(error).__name__}: {error}",
-        }
-        write_json(recipe.path / ERROR_FILE, content)
+        give_up(f"{type(error).__name__}: {error}")
         logger.exception("not tried again")
         if runtime.world_size > 1:
             raise  # ends the other ranks, which wait for this one

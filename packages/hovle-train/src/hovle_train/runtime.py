@@ -18,14 +18,20 @@ def _no_report(metrics: dict[str, Any], checkpoint: Path | None) -> None:
     """Nobody is listening: a plain process has no Ray to tell."""
 
 
+def _no_give_up(message: str) -> None:
+    """Nobody would start this process again."""
+
+
 @dataclass
 class Runtime:
-    """One worker of a run. `report` tells Ray Train of metrics and checkpoints; every rank must call it alike."""
+    """One worker of a run. `report` tells Ray Train of metrics and checkpoints; every rank must call it alike.
+    `give_up` says, before this process ends, why the run should not be tried again."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     report: Callable[[dict[str, Any], Path | None], None] = _no_report
+    give_up: Callable[[str], None] = _no_give_up
 
     @property
     def is_main(self) -> bool:

@@ -11,9 +11,9 @@ Shapes: T packed tokens, N tiles, P image tokens a tile, D hidden size, C teache
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -73,10 +73,11 @@ class Distillation(Stage):
     name = "distillation"
     Options = DistillationOptions
     target_kinds = ("image_cosine", "text_cosine")
+    ask: Callable[[np.ndarray], None] | None = None  # of a pool, for the features of tiles `[n, S, S, 3]`
 
     def build(self) -> tuple[DistillationModule, HovleProcessor]:
         model, processor = build_hovle(self.recipe.model, self.registry, self.recipe.seed)
-        teacher = self.registry.build("teacher", self.options.teacher.name, **self.options.teacher.options)
+        teacher = self._teacher()
         if not isinstance(teacher, TeacherEncoder):
             raise ValueError(
                 f"teacher {self.options.teacher.name!r} is a {type(teacher).__name__}, not a TeacherEncoder"
@@ -85,6 +86,19 @@ class Distillation(Stage):
         tokens = model.config.embedding_config.tokens_per_tile
         self.features = TeacherFeatures(teacher.eval().requires_grad_(False), tokens, self.options.centre)
         return DistillationModule(model, self._head(model.config.embedding_config.hidden_size)), processor
+
+    def _teacher(self) -> Any:
+        """The recipe's teacher, here or in a pool of them; a dry run has no pool."""
+        if self.recipe.resources.teacher_pool is not None:
+            import ray
+
+            from hovle_train.teacher_pool import PooledTeacher, pool_names
+
+            if ray.is_initialized():
+                pooled = PooledTeacher(pool_names(self.recipe))
+                self.ask = pooled.ask
+                return pooled
+        return self.registry.build("teacher", self.options.teacher.name, **self.options.teacher.options)
 
     def _head(self, hidden_size: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -102,13 +116,18 @@ class Distillation(Stage):
 
     def stream(self, processor: HovleProcessor, ledger: Ledger) -> Stream:
         data = self.recipe.data
-        return UnpairedStream(
-            images=self.mixture(data.images, "images"),
-            texts=self.mixture(data.texts, "texts"),
-            processor=processor,
-            text_tokens=data.text_tokens,
+        options: dict[str, Any] = {
+            "images": self.mixture(data.images, "images"),
+            "texts": self.mixture(data.texts, "texts"),
+            "processor": processor,
+            "text_tokens": data.text_tokens,
             **self.stream_options(ledger),
-        )
+        }
+        if self.ask is None or self.options.cache_features:
+            return UnpairedStream(**options)
+        from hovle_train.teacher_pool import AskingStream
+
+        return AskingStream(self.ask, **options)
 
     def setup(
         self, module: nn.Module, processor: HovleProcessor, runtime: Runtime, progress: Progress | None = None

@@ -1,0 +1,204 @@
+"""How a run ends early and what it leaves: asked to stop, hung, out of disk, or with numbers that are not finite.
+
+Each end says what to do next, and none leaves half a file behind.
+"""
+
+import errno
+import faulthandler
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+from safetensors import SafetensorError
+
+from hovle_train.runtime import Runtime
+
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again.
+EXIT_STOPPED = 75
+STOP_FILE = "stop"
+STACKS = "hung"
+NON_FINITE_FILE = "nonfinite.json"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop (SIGTERM) and did, behind a checkpoint; the process exits with EXIT_STOPPED."""
+
+    def __init__(self, run_dir: Path):
+        super().__init__(EXIT_STOPPED)
+        self.run_dir = run_dir
+
+    def __str__(self) -> str:
+        return f"stopped behind a checkpoint in {self.run_dir}; the same command continues"
+
+
+class NonFiniteError(FloatingPointError, ValueError):
+    """A loss or gradient that is not finite; the weights are those before the step."""
+
+
+class DiskFull(ValueError):
+    """There was no room for a file; what was written before it is whole."""
+
+
+@contextmanager
+def stop_on_sigterm(run_dir: Path) -> Iterator[threading.Event]:
+    """Within: SIGTERM asks the run in `run_dir` to stop behind its next step, and sets the event.
+
+    The request is a file, since a run's folder is what all its workers share; one of an earlier start is dropped.
+    Does nothing outside of the main thread, where Python takes no signals.
+    """
+    asked, request = threading.Event(), run_dir / STOP_FILE
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        request.touch()
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    request.unlink(missing_ok=True)
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        request.unlink(missing_ok=True)
+
+
+def asked_to_stop(run_dir: Path) -> bool:
+    return (run_dir / STOP_FILE).exists()
+
+
+@contextmanager
+def clear_disk_errors(folder: Path) -> Iterator[None]:
+    """Raise DiskFull, saying where and how much is free, for any error within that means there was no room."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        text = str(error)  # safetensors says it in words
+        if getattr(error, "errno", None) not in _NO_ROOM and not any(
+            os.strerror(n) in text for n in _NO_ROOM
+        ):
+            raise
+        free = shutil.disk_usage(folder).free
+        raise DiskFull(
+            f"no room for the run's files in {folder} ({text}; {free / 2**20:,.0f} MiB free): make room, or lower "
+            "train.keep_checkpoints, and run the same command; it resumes from the newest whole checkpoint"
+        ) from error
+
+
+def check_finite(
+    step: int,
+    norm: float,
+    sums: dict[str, float],
+    own: dict[str, float],
+    keys: list[str],
+    where: tuple[Path, Runtime],
+) -> None:
+    """Raise NonFiniteError on all ranks if a loss or the gradient norm is not finite, before any update.
+
+    sums, own: losses of all ranks and of this one; keys: this rank's samples. `nonfinite.json` in the run's folder
+    then names every rank's losses and samples.
+    """
+    folder, runtime = where
+    if all(abs(value) < float("inf") for value in (norm, *sums.values())):  # false for NaN, too
+        return
+    ranks = runtime.gather(
+        {"rank": runtime.rank, "losses": {k: str(v) for k, v in own.items()}, "keys": keys}
+    )
+    if runtime.is_main:
+        content = {"step": step, "gradient_norm": str(norm), "ranks": ranks}
+        (folder / NON_FINITE_FILE).write_text(json.dumps(content, indent=1))
+    raise NonFiniteError(
+        f"step {step}: loss or gradient is not finite ({sums}, gradient norm {norm}); stopped before the update. "
+        f"Samples of rank {runtime.rank}: {keys}; those of all ranks are in {folder / NON_FINITE_FILE}"
+    )
+
+
+class Watchdog:
+    """Ends this process when no step has ended for `timeout` seconds; stacks of every rank are then in `folder`.
+
+    The stacks are written by faulthandler's own thread, which needs no lock of Python's: also a rank that hangs in C
+    leaves one. `timeout` has to cover the slowest step, with the wait for its data, and the writing of a checkpoint.
+    """
+
+    def __init__(self, folder: Path, runtime: Runtime, timeout: float):
+        self.folder, self.runtime, self.timeout = folder, runtime, timeout
+        self.grace = min(5.0, timeout)  # others' last step may have ended a little later
+        self._ended = threading.Event()
+        self._due = 0.0
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file = self._path(self.runtime.rank).open("w")
+        self.beat()
+        threading.Thread(target=self._watch, name="hovle-watchdog", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        faulthandler.cancel_dump_traceback_later()
+        self._file.close()
+        if not self._path(self.runtime.rank).stat().st_size:
+            self._path(self.runtime.rank).unlink()
+            with suppress(OSError):  # another rank's file is still in it
+                self.folder.rmdir()
+
+    def beat(self) -> None:
+        """A step has ended, or work that may take its time: the clock starts anew."""
+        self._due = time.monotonic() + self.timeout + self.grace
+        faulthandler.dump_traceback_later(self.timeout, file=self._file)
+
+    def _path(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank}.txt"
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self.timeout / 4)):
+            if time.monotonic() > self._due:
+                message = self.message()
+                self.runtime.give_up(message)
+                print(f"hovle: error: {message}", file=sys.stderr, flush=True)
+                os._exit(2)
+
+    def message(self) -> str:
+        """Which ranks hang and where, from the stacks of all of them."""
+        found = []
+        for rank in range(self.runtime.world_size):
+            path = self._path(rank)
+            stack = path.read_text() if path.exists() else ""
+            place = place_of(stack)
+            if not stack:
+                found.append(f"rank {rank} does not answer")
+            elif place is not None:
+                found.append(f"rank {rank} is in {place}")
+        where = "; ".join(found) or "all ranks wait for each other"
+        return (
+            f"no step ended within resources.step_timeout_s={self.timeout:g}: {where}. Stacks of all ranks are in "
+            f"{self.folder}. If a step only takes that long, raise it"
+        )
+
+
+def place_of(stacks: str) -> str | None:
+    """Where the thread that trains is, `file:line in function`, of faulthandler's text; None if it waits for others."""
+    for thread in stacks.split("\n\n"):
+        frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', thread)
+        if not any(file.endswith("hovle_train/loop.py") for file, _, _ in frames):
+            continue
+        if any("torch/distributed/" in file for file, _, _ in frames):
+            return None
+        file, line, function = frames[0]
+        return f"{file}:{line} in {function}"
+    return None

@@ -1,0 +1,139 @@
+"""Teachers on nodes of their own: Ray actors that compute features for training workers, ahead of their steps.
+
+A worker's data thread asks for a sample's features when it has read the sample, and the step takes them. What is asked
+and not yet taken is what the loader holds prepared, which is bounded: teachers never run ahead further than that, and a
+step waits only where they are too slow.
+
+Shapes: N tiles, n tiles of one sample, S tile side in pixels, h x w the teacher's grid, C its channels.
+"""
+
+import hashlib
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor
+
+from hovle_core.plugins import load_plugins
+from hovle_core.processor import Encoded
+from hovle_core.roles import TeacherEncoder
+from hovle_data.streams import UnpairedStream
+from hovle_train.config import Recipe
+
+Ask = Callable[[np.ndarray], None]
+
+
+class Teacher:
+    """One teacher, as an actor."""
+
+    def __init__(self, name: str, options: dict[str, Any], threads: int):
+        torch.set_num_threads(threads)
+        self.teacher: TeacherEncoder = load_plugins().registry.build("teacher", name, **options)
+        self.teacher.eval()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.teacher.to(self.device)
+
+    def feature_size(self) -> int:
+        return self.teacher.feature_size
+
+    def features(self, tiles: np.ndarray) -> np.ndarray:
+        """uint8 `[n, 3, S, S]` -> float32 `[n, h, w, C]`."""
+        batch = torch.from_numpy(tiles.copy()).to(self.device)  # arrays of the object store cannot be written
+        features: np.ndarray = self.teacher.features(batch).float().cpu().numpy()
+        return features
+
+
+def pool_names(recipe: Recipe) -> list[str]:
+    """Names of the actors of a run, which its workers find them by."""
+    pool = recipe.resources.teacher_pool
+    run = hashlib.sha256(str(recipe.path.resolve()).encode()).hexdigest()[:16]
+    return [f"hovle-teacher-{run}-{i}" for i in range(pool.actors)] if pool is not None else []
+
+
+def start_pool(recipe: Recipe) -> list[Any]:
+    """The pool of a recipe on its nodes; it lives as long as the handles. Teachers that die are started again."""
+    pool = recipe.resources.teacher_pool
+    if pool is None:
+        return []
+    teacher, threads = recipe.stage.options["teacher"], max(1, int(pool.cpus))
+    options: dict[str, Any] = {
+        "num_cpus": pool.cpus,
+        "num_gpus": pool.gpus,
+        "resources": pool.custom,
+        "max_restarts": -1,
+        "max_task_retries": -1,
+        **({"label_selector": pool.labels} if pool.labels else {}),
+    }
+    actor = ray.remote(Teacher)
+    return [
+        actor.options(name=name, **options).remote(teacher["name"], teacher.get("options", {}), threads)
+        for name in pool_names(recipe)
+    ]
+
+
+class PooledTeacher(TeacherEncoder):
+    """A teacher that others run. `ask` starts on a sample's tiles and `features` waits for what was asked."""
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__()
+        self._actors: list[Any] = [ray.get_actor(name) for name in names]
+        self._turn = itertools.cycle(self._actors)
+        self.feature_size = int(ray.get(self._actors[0].feature_size.remote()))
+        # Tile -> its sample's answer, its row there, and how often it was asked for and not yet taken.
+        self._asked: dict[bytes, tuple[Any, int, int]] = {}
+        self._lock: threading.Lock = threading.Lock()  # data threads ask, the step takes
+
+    def ask(self, tiles: np.ndarray) -> None:
+        """Start on the tiles of one sample, uint8 `[n, S, S, 3]`."""
+        channels_first = np.ascontiguousarray(tiles.transpose(0, 3, 1, 2))
+        answer = next(self._turn).features.remote(channels_first)
+        with self._lock:
+            for row, tile in enumerate(channels_first):
+                name = _name(tile)
+                times = self._asked[name][2] if name in self._asked else 0
+                self._asked[name] = (answer, row, times + 1)
+
+    def grid_features(self, tiles: Tensor) -> Tensor:
+        """Features of tiles `[N, 3, S, S]`, `[N, h, w, C]`; those that nobody asked for are computed now."""
+        arrays = tiles.cpu().numpy()
+        found = [self._take(_name(tile)) for tile in arrays]
+        missing = [i for i, answer in enumerate(found) if answer is None]
+        if missing:
+            now = next(self._turn).features.remote(arrays[missing])
+            for row, i in enumerate(missing):
+                found[i] = (now, row)
+        wanted: list[tuple[Any, int]] = [answer for answer in found if answer is not None]
+        answers: list[Any] = list(dict.fromkeys(answer for answer, _ in wanted))
+        features = dict(zip(answers, ray.get(answers), strict=True))
+        return torch.from_numpy(np.stack([features[answer][row] for answer, row in wanted])).to(tiles.device)
+
+    def _take(self, name: bytes) -> tuple[Any, int] | None:
+        with self._lock:
+            if name not in self._asked:
+                return None
+            answer, row, times = self._asked.pop(name)
+            if times > 1:
+                self._asked[name] = (answer, row, times - 1)
+            return answer, row
+
+
+def _name(tile: np.ndarray) -> bytes:
+    return hashlib.blake2b(tile.tobytes(), digest_size=16).digest()
+
+
+class AskingStream(UnpairedStream):
+    """Asks for the features of each sample that it reads."""
+
+    def __init__(self, ask: Ask, **options: Any):
+        super().__init__(**options)
+        self.ask = ask
+
+    def get(self, k: int) -> Encoded | None:
+        sample = super().get(k)
+        if sample is not None and len(sample.tiles):
+            self.ask(sample.tiles)
+        return sample
