@@ -35,7 +35,7 @@ from hovle_train.build import build_hovle
 from hovle_train.config import Named
 from hovle_train.features import TeacherFeatures
 from hovle_train.runtime import Runtime
-from hovle_train.stages.base import Progress, Stage, model_inputs, save_hovle
+from hovle_train.stages.base import HOVLE_FIELDS, Progress, Stage, model_inputs, save_hovle
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class Distillation(Stage):
 
     name = "distillation"
     Options = DistillationOptions
+    reads = ("data.images", "data.texts", "data.text_tokens", *HOVLE_FIELDS)
     target_kinds = ("image_cosine", "text_cosine")
 
     def build(self) -> tuple[DistillationModule, HovleProcessor]:

@@ -6,7 +6,7 @@ from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import HovleProcessor
 from hovle_data.quarantine import Ledger
 from hovle_data.streams import PairStream, Stream
-from hovle_train.stages.base import NextTokenStage, llm_is_tied
+from hovle_train.stages.base import HOVLE_FIELDS, NextTokenStage, llm_is_tied
 
 
 class InstructionTuning(NextTokenStage):
@@ -17,6 +17,7 @@ class InstructionTuning(NextTokenStage):
     """
 
     name = "instruction_tuning"
+    reads = ("data.sources", "data.long_samples", *HOVLE_FIELDS)
 
     def trainable(self, module: HovleForConditionalGeneration) -> Sequence[str]:
         if llm_is_tied(module):
