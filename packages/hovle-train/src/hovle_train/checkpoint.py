@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hovle_train.average import KIND, WeightAverage
+
 logger = logging.getLogger(__name__)
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -111,7 +113,7 @@ def read_state(path: Path) -> dict[str, Any]:
 def optimizer_state(
     weights: Mapping[str, nn.Parameter], optimizers: Iterable[torch.optim.Optimizer]
 ) -> dict[str, torch.Tensor]:
-    """What optimizers remember of each parameter, as `<kind>/<parameter name>` (`exp_avg/head.weight`).
+    """What optimizers and averages remember of each parameter, as `<kind>/<parameter name>` (`exp_avg/head.weight`).
 
     Their settings are the recipe's and the step's, and are not stored.
     """
@@ -130,10 +132,14 @@ def load_optimizer_state(
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
     """Restore what `optimizer_state` gave, on the parameters' devices."""
+    # Every averaged weight has an optimizer as well.
     owner = {
-        p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+        (isinstance(optimizer, WeightAverage), p): optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
     }
     for key, value in tensors.items():
         kind, name = key.split("/", 1)
         p = weights[name]
-        owner[p].state[p][kind] = value.to(p.device)
+        owner[kind == KIND, p].state[p][kind] = value.to(p.device)

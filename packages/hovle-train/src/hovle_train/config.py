@@ -126,6 +126,14 @@ class DataConfig(Section):
         return text_tokens
 
 
+class AverageConfig(Section):
+    """An exponential moving average of the weights. `export` says where it goes: into `final/` in place of the weights,
+    or into `final_ema/` beside them."""
+
+    decay: float = Field(0.999, gt=0, lt=1)
+    export: Literal["final", "beside"] = "final"
+
+
 class OptimConfig(Section):
     """The optimizer: AdamW, or Muon for the matrices of the blocks with AdamW for the rest.
 
@@ -149,6 +157,7 @@ class OptimConfig(Section):
     # Shares of the steps after which the cosine starts anew at the peak (SGDR, Loshchilov & Hutter 2017), such as
     # where a curriculum changes.
     restarts: list[Annotated[float, Field(gt=0, lt=1)]] = []
+    ema: AverageConfig | None = None
 
     @model_validator(mode="after")
     def _schedule_reads_them(self) -> "OptimConfig":

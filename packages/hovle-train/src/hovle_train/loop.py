@@ -19,6 +19,7 @@ from hovle_data.pipeline import Loader, State, StepLoader
 from hovle_data.quarantine import Ledger
 from hovle_data.rows import RowLoader
 from hovle_train import checkpoint
+from hovle_train.average import WeightAverage
 from hovle_train.config import Recipe
 from hovle_train.export import export_final
 from hovle_train.fill import Fill
@@ -117,6 +118,8 @@ class Trainer:
         freeze_except(self.module, self.stage.trainable(self.module))
         self.weights = Weights(self.module, self.dtype)
         self.optimizers = build_optimizers(self.recipe.optim, self.weights.masters)
+        ema = self.recipe.optim.ema
+        self.average = None if ema is None else WeightAverage(self.weights.masters, ema.decay)
         self.stage.setup(self.module, self.processor, self.runtime, self._progress)
 
     def resume(self) -> int:
@@ -128,7 +131,7 @@ class Trainer:
             check_same(state["recipe"], self.recipe, f"checkpoint {found[-1]}")
             recorded = state.get("parent_weights")
             check_parent(recorded, self.parent_weights, self.recipe, f"checkpoint {found[-1]}")
-            checkpoint.load(found[-1], self.weights.masters, self.optimizers)
+            checkpoint.load(found[-1], self.weights.masters, self.remembering)
             self.weights.publish()
             for change in self.plugins.changed_since(state["plugins"]):
                 logger.warning("%s: results may differ from those of an uninterrupted run", change)
@@ -142,6 +145,11 @@ class Trainer:
         if self.runtime.is_main:
             truncate_metrics(self.recipe.path / METRICS_FILE, first - 1)
         return first
+
+    @property
+    def remembering(self) -> list[torch.optim.Optimizer]:
+        """What has a state that checkpoints keep."""
+        return [*self.optimizers, *([] if self.average is None else [self.average])]
 
     def loader(self, ledger: Ledger) -> Loader:
         train, data = self.recipe.train, self.recipe.data
@@ -184,6 +192,8 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(step)
         self.weights.publish()
         return {name: sums[name] / totals[name] for name in sums} | {"grad_norm": norm}
 
@@ -244,7 +254,9 @@ class Trainer:
                 "parent_weights": self.parent_weights,
             }
             keep = self.recipe.train.keep_checkpoints
-            path = checkpoint.save(self.checkpoints, step, self.weights.masters, self.optimizers, state, keep)
+            path = checkpoint.save(
+                self.checkpoints, step, self.weights.masters, self.remembering, state, keep
+            )
             self.plugins.manager.hook.hovle_on_checkpoint(run=self.run_info, step=step, path=path)
             Ledger.merge(self.recipe.path)
         self.runtime.report({"step": step}, path)
