@@ -63,6 +63,8 @@ class ModelConfig(Section):
     tokenizer: Named | None = None
     # Lay the LLM's embeddings out anew for `tokenizer`: tokens that both know keep their rows.
     resize_embeddings: bool = False
+    # Start the embedding blocks from the LLM's first ones, not from random weights.
+    blocks_from_llm: bool = False
     # Fields of HolisticEmbeddingConfig; width, heads and vocabulary come from the LLM where they are not given.
     embedding: dict[str, Any] = {}
     image: ImageConfig = ImageConfig()
@@ -93,7 +95,9 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _init_from_is_whole(self) -> "ModelConfig":
-        given = self.model_fields_set & {"backbone", "tokenizer", "resize_embeddings", "embedding", "image"}
+        given = self.model_fields_set & {
+            "backbone", "tokenizer", "resize_embeddings", "blocks_from_llm", "embedding", "image",
+        }  # fmt: skip
         if self.init_from is None or not given:
             return self
         default = ModelConfig()
@@ -172,6 +176,18 @@ class OptimConfig(Section):
         return self
 
 
+class DropPathConfig(Section):
+    """Stochastic depth of the embedding blocks: `rate` is the last block's, at the last step.
+
+    `start_rate`: what it rises from, linearly over the steps; None keeps it as it is. `depth`: from 0 in the first
+    block linearly up to the last one's, or the same in all.
+    """
+
+    rate: float = Field(gt=0, lt=1)
+    start_rate: float | None = Field(None, ge=0, lt=1)
+    depth: Literal["linear", "uniform"] = "linear"
+
+
 class TrainConfig(Section):
     steps: int = Field(gt=0)
     # A step over all workers, whatever their number, is either so many samples or so many full rows.
@@ -183,6 +199,7 @@ class TrainConfig(Section):
     # A run whose rows are emptier than this share of micro_batch_tokens stops and says why.
     min_fill: float = Field(0.5, ge=0, le=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    drop_path: DropPathConfig | None = None
     log_every: int = Field(10, gt=0)
     checkpoint_every: int = Field(500, gt=0)
     keep_checkpoints: int = Field(2, ge=1)

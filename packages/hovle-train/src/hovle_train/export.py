@@ -64,7 +64,8 @@ def summary(trainer: "Trainer") -> dict[str, Any]:
 
 
 def export_final(trainer: "Trainer") -> None:
-    """Write `final/` (with an average beside it, `final_ema/`) and `summary.json` on rank 0, then drop the checkpoints that only resuming needed."""
+    """Write `final/`, an average beside it where asked, and `summary.json`, on rank 0; then drop the checkpoints that
+    only resuming needed."""
     if not trainer.runtime.is_main:
         return
     folder, ema = trainer.recipe.path, trainer.recipe.optim.ema

@@ -20,7 +20,9 @@ from hovle_data.quarantine import Ledger
 from hovle_data.rows import RowLoader
 from hovle_train import checkpoint
 from hovle_train.average import WeightAverage
+from hovle_train.build import find_hovle
 from hovle_train.config import Recipe
+from hovle_train.drop_path import DropPath
 from hovle_train.export import export_final
 from hovle_train.fill import Fill
 from hovle_train.freeze import freeze_except, set_train_mode
@@ -116,6 +118,12 @@ class Trainer:
         self.stage.processor = self.processor
         self.module.to(self.runtime.device)
         freeze_except(self.module, self.stage.trainable(self.module))
+        drop_path = self.recipe.train.drop_path
+        self.drop_path = (
+            None
+            if drop_path is None
+            else DropPath(find_hovle(self.module), drop_path, self.recipe.train.steps)
+        )
         self.weights = Weights(self.module, self.dtype)
         self.optimizers = build_optimizers(self.recipe.optim, self.weights.masters)
         ema = self.recipe.optim.ema
@@ -171,6 +179,8 @@ class Trainer:
         """One optimizer step over this rank's share of the global batch; returns what to log, reduced over ranks."""
         torch.manual_seed(hash64("step", self.recipe.seed, step, self.runtime.rank) % 2**63)
         set_train_mode(self.module)
+        if self.drop_path is not None:
+            self.drop_path.set_step(step)
         totals = self.count_targets(micro_batches)
         sums = dict.fromkeys(totals, 0.0)
         for batch in micro_batches:

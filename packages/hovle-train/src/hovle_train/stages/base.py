@@ -29,10 +29,12 @@ Progress = Callable[[str, int, int], None]
 # Fields of a recipe that not every stage reads: one that is set for a stage that does not is a mistake.
 STAGE_FIELDS = (
     "data.sources", "data.images", "data.texts", "data.text_tokens", "data.long_samples",
-    "model.init_from", "model.embedding", "model.image",
+    "model.init_from", "model.blocks_from_llm", "model.embedding", "model.image", "train.drop_path",
 )  # fmt: skip
 # Those of a HoVLE's stages, whatever their data.
-HOVLE_FIELDS = ("model.init_from", "model.embedding", "model.image")
+HOVLE_FIELDS = (
+    "model.init_from", "model.blocks_from_llm", "model.embedding", "model.image", "train.drop_path",
+)  # fmt: skip
 
 
 class Stage(ABC):
