@@ -150,8 +150,13 @@ class Stage(ABC):
 class NextTokenStage(Stage):
     """What alignment and instruction tuning share: a HoVLE, and next-token prediction on targets."""
 
-    def build(self) -> tuple[HovleForConditionalGeneration, HovleProcessor]:
-        return build_hovle(self.recipe.model, self.registry, self.recipe.seed)
+    def build(self) -> tuple[nn.Module, HovleProcessor]:
+        model, processor = build_hovle(self.recipe.model, self.registry, self.recipe.seed)
+        return self.wrap(model), processor
+
+    def wrap(self, model: HovleForConditionalGeneration) -> nn.Module:
+        """What trains of a model: itself, unless a stage puts something around it."""
+        return model
 
     def targets(self, module: HovleForConditionalGeneration, batch: PackedBatch) -> dict[str, int]:
         return {"loss": batch.num_target_tokens}
