@@ -21,15 +21,15 @@ def plugins():
 
 def test_recipes_get_the_demos_folders_and_overrides(plugins):
     recipe = run.demo_recipe(
-        "distillation", Path("/x/out"), Path("/x/llm"), ["distillation.train.steps=7"], plugins
+        "distillation", Path("/x/out"), Path("/x/llm"), ["distillation.train.steps=70"], plugins
     )
     assert recipe.run_dir == "/x/out/distillation"
-    assert recipe.train.steps == 7
+    assert recipe.train.steps == 70
     assert recipe.model.backbone.options["path"] == "/x/llm"
     assert recipe.data.images[0].path == "/x/out/prepared/shards/images"
-    small = run.demo_recipe("distillation", Path("/x/out"), None, ["alignment.train.steps=7"], plugins)
+    small = run.demo_recipe("distillation", Path("/x/out"), None, ["alignment.train.steps=70"], plugins)
     assert small.model.backbone.options["path"] == "/x/out/language_modeling"
-    assert small.train.steps != 7
+    assert small.train.steps != 70
     with pytest.raises(ValueError, match="must start with one of"):
         run.demo_recipe("distillation", Path("x"), None, ["train.steps=7"], plugins)
 
@@ -112,7 +112,8 @@ def test_the_whole_demo_runs_small_and_again_at_once(tmp_path, capsys, monkeypat
     monkeypatch.setattr(run, "prepare", lambda *a, **k: original(*a, limit=120, **k))
     monkeypatch.setattr(evaluate, "NUM_YES_NO", 20)
     out = tmp_path / "demo"
-    steps = [f"{stage}.train.steps=3" for stage in run.STAGES]
+    short = {"train.steps": 3, "optim.warmup_steps": 0}
+    steps = [f"{stage}.{key}={value}" for stage in run.STAGES for key, value in short.items()]
     small = [f"{stage}.observers.wandb=disabled" for stage in run.STAGES]
     arguments = ["demo", "--local", "--out", str(out), *(x for o in [*steps, *small] for x in ("--set", o))]
     assert main(arguments) == 0

@@ -269,3 +269,29 @@ def test_every_spec_names_a_model_of_the_installed_timm() -> None:
         assert timm.is_model(model_name), spec.name
         if "." in model_name:
             assert model_name in pretrained, spec.name
+
+
+def test_internvls_connector_is_read(tmp_path: Path) -> None:
+    """Its numbers written out: 2 x 2 patches side by side in the channels, norm, linear, GELU, linear."""
+    torch.manual_seed(0)
+    mlp = torch.nn.Sequential(
+        torch.nn.LayerNorm(256), torch.nn.Linear(256, 24), torch.nn.GELU(), torch.nn.Linear(24, 24)
+    )
+    state = {f"mlp1.{name}": tensor for name, tensor in mlp.state_dict().items()}
+    save_file({**state, "vision_model.other": torch.zeros(1)}, tmp_path / "mlp1.safetensors")
+    teacher = tiny_vit(connector=str(tmp_path / "mlp1.safetensors"))
+    assert teacher.connector_size == 24
+    tiles = random_tiles(2, 64)
+    features = teacher.features(tiles)  # [2, 4, 4, 64]
+    connected = teacher.connected_features(tiles)
+    assert connected.shape == (2, 2, 2, 24)
+    assert not connected.requires_grad
+    with torch.no_grad():
+        corner = torch.cat([features[1, 2, 0], features[1, 2, 1], features[1, 3, 0], features[1, 3, 1]])
+        torch.testing.assert_close(connected[1, 1, 0], mlp(corner), atol=1e-5, rtol=1e-4)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    save_file({"mlp1.0.weight": torch.zeros(4)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="other.safetensors holds no mlp1.3.bias"):
+        tiny_vit(connector=str(tmp_path / "other.safetensors"))
+    with pytest.raises(ValueError, match="TimmTeacher has no connector"):
+        tiny_vit().connected_features(tiles)

@@ -90,7 +90,7 @@ def make_recipe(world, tmp_path):
             "model": {
                 "backbone": {"name": "transformers", "options": {"path": str(world / "llm")}},
                 "embedding": {"num_hidden_layers": 2, "image_size": 56} if stage != "language_modeling" else {},
-                "image": {"max_tiles": 2},
+                "image": {"max_tiles": 2} if stage != "language_modeling" else {},
             },
             "data": data,
             "optim": {"lr": 3e-3, "warmup_steps": 1},
@@ -106,6 +106,8 @@ def make_recipe(world, tmp_path):
                 raw[name].update(section)
             else:
                 raw[name] = section
+        if raw["train"]["steps"] == 1:
+            raw["optim"]["warmup_steps"] = 0
         return parse_recipe(raw)
 
     return make

@@ -1,7 +1,8 @@
 """What a recipe's `model` builds: a tokenizer's provider by name, and a processor that fits the embedding."""
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hovle_core import HovleProcessor
 from hovle_core.registry import Provider, Spec
@@ -111,3 +112,41 @@ def test_what_does_not_fit_is_named(make_recipe, plugins, world, tmp_path):
         recipe = with_tokenizer(make_recipe, name=name, options=options)
         with pytest.raises(ValueError, match=message):
             Trainer(recipe, plugins, Runtime()).run()
+
+
+def test_blocks_start_from_the_llms_first_layers(make_recipe, plugins, world):
+    """On text, two blocks then give what the LLM has after two layers: its own hidden states are the oracle."""
+    recipe = make_recipe("alignment")
+    recipe.model.blocks_from_llm = True
+    model, processor = build_hovle(recipe.model, plugins.registry, seed=0)
+    ids = processor.tokenizer("a red thing is here", return_tensors="pt").input_ids
+    llm = AutoModelForCausalLM.from_pretrained(world / "llm").eval()
+    with torch.no_grad():
+        states = []
+        handle = llm.model.layers[1].register_forward_hook(lambda module, args, out: states.append(out))
+        llm(ids)
+        handle.remove()
+        torch.testing.assert_close(model.eval().embed(ids), states[0], atol=1e-5, rtol=1e-4)
+    plain, _ = build_hovle(make_recipe("alignment").model, plugins.registry, seed=0)
+    with torch.no_grad():
+        assert (plain.eval().embed(ids) - states[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("embedding", "message"),
+    [
+        ({"num_hidden_layers": 3}, "3 blocks cannot start from this LLM of 2 layers: lower"),
+        ({"num_hidden_layers": 2, "intermediate_size": 48}, "layers differ in mlp.down_proj.weight"),
+        ({"num_hidden_layers": 2, "attention_bias": True}, "layers differ in self_attn.k_proj.bias"),
+        (
+            {"num_hidden_layers": 2, "hidden_act": "gelu"},
+            "model.embedding.hidden_act is 'gelu' and the LLM's",
+        ),
+    ],
+)
+def test_blocks_that_cannot_start_from_the_llm(embedding, message, make_recipe, plugins):
+    recipe = make_recipe("alignment")
+    recipe.model.blocks_from_llm = True
+    recipe.model.embedding = {"image_size": 56, **embedding}
+    with pytest.raises(ValueError, match=message):
+        build_hovle(recipe.model, plugins.registry, seed=0)

@@ -1,6 +1,7 @@
 """Recipes: what is misspelt is named with a suggestion, what is overridden takes effect."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -72,6 +73,48 @@ MINIMAL = {
         ),
         ({"optim": {"lr": 1, "restarts": [3]}}, "optim.restarts.0: .*less than 1, got 3"),
         (
+            {"optim": {"lr": 1, "warmup_steps": 4}, "train": {"steps": 4, "global_batch_size": 1}},
+            "optim.warmup_steps 4 must be fewer than train.steps 4",
+        ),
+        (
+            {
+                "optim": {"lr": 1, "warmup_steps": 4, "schedule": "wsd", "decay_share": 0.5},
+                "train": {"steps": 6, "global_batch_size": 1},
+            },
+            "optim.decay_share 0.5 of 6 steps begins before warmup_steps 4 are over",
+        ),
+        (
+            {
+                "optim": {"lr": 1, "warmup_steps": 4, "restarts": [0.1]},
+                "train": {"steps": 20, "global_batch_size": 1},
+            },
+            "optim.restarts 0.1 is step 2 of 20, .*warmup_steps is 4",
+        ),
+        (
+            {"optim": {"lr": 1, "restarts": [0.5, 0.51]}, "train": {"steps": 20, "global_batch_size": 1}},
+            "optim.restarts 0.5 is step 10 of 20",
+        ),
+        (
+            {
+                "data": {"sources": [{"path": "a", "weight": {0: 1, 0.5: 2, 0.51: 3}}]},
+                "train": {"steps": 4, "global_batch_size": 2},
+            },
+            "weight of a is .*two of these shares are the same one of 4 steps",
+        ),
+        (
+            {"data": {"text_tokens": [9, 3]}},
+            "data.text_tokens: text_tokens is .9, 3.: it reads .fewest, most.",
+        ),
+        ({"optim": {"lr": 1, "betas": [0.9, 1.5]}}, "optim.betas.1: .*less than 1"),
+        ({"optim": {"lr": 1, "lr_factors": {"embedding.*": 0}}}, "lr_factors.embedding.*greater than 0"),
+        # What YAML or JSON says is what is meant: no word becomes a switch, no string a number.
+        ({"resources": {"use_gpu": "yes"}}, "resources.use_gpu: .*valid boolean, got 'yes'"),
+        ({"resources": {"use_gpu": 1}}, "resources.use_gpu: .*valid boolean, got 1"),
+        ({"seed": "3"}, "seed: .*valid integer, got '3'"),
+        ({"seed": True}, "seed: .*valid integer, got True"),
+        ({"optim": {"lr": "0.1"}}, "optim.lr: .*valid number, got '0.1'"),
+        ({"data": {"text_tokens": ["4", 8]}}, "data.text_tokens.0: .*valid integer, got '4'"),
+        (
             {"resources": {"accelerator_type": "A100"}},
             "resources: accelerator_type 'A100' does nothing with use_gpu: false.* set use_gpu: true",
         ),
@@ -91,6 +134,58 @@ def test_settings_that_are_read_are_taken_and_survive_printing():
     ):
         recipe = parse_recipe({**MINIMAL, **change})
         assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "message"),
+    [
+        (
+            "alignment",
+            {"data": {"sources": [{"path": "a"}], "images": [{"path": "a"}]}},
+            "data.images does nothing in stage 'alignment': leave it out .*reads data.sources, data.long_samples",
+        ),
+        ("instruction_tuning", {"data": {"texts": [{"path": "a"}]}}, "data.texts does nothing in stage"),
+        ("alignment", {"data": {"text_tokens": [4, 8]}}, "data.text_tokens does nothing in stage"),
+        (
+            "distillation",
+            {"data": {"sources": [{"path": "a"}]}},
+            "data.sources does nothing in stage 'distillation': .*reads data.images, data.texts",
+        ),
+        ("distillation", {"data": {"long_samples": "truncate"}}, "data.long_samples does nothing"),
+        ("language_modeling", {"model": {"image": {"max_tiles": 3}}}, "model.image does nothing"),
+        ("language_modeling", {"model": {"init_from": "a"}}, "model.init_from does nothing"),
+        ("language_modeling", {"model": {"embedding": {"num_hidden_layers": 2}}}, "model.embedding does"),
+        ("alingment", {}, "there is no stage 'alingment'; did you mean 'alignment'"),
+        (
+            "alignment",
+            {"stage": {"name": "alignment", "options": {"haed": 1}}},
+            "stage.options of 'alignment' are not valid",
+        ),
+    ],
+)
+def test_print_config_refuses_what_its_stage_does_not_know(stage, change, message, tmp_path, capsys):
+    options = {"teacher": {"name": "efficientnet-lite0"}} if stage == "distillation" else {}
+    raw = {**MINIMAL, "stage": {"name": stage, "options": options}, **change}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--print-config"]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_defaults_written_out_are_no_mistake(plugins):
+    raw = {**MINIMAL, "data": {"images": [], "text_tokens": [16, 64]}, "model": {"image": {"max_tiles": 12}}}
+    recipe = parse_recipe(raw)
+    plugins.registry.build("stage", "alignment", recipe=recipe, registry=plugins.registry)
+
+
+def test_numbers_as_people_write_them(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "stage: {name: alignment}\nrun_dir: '1e-3'\noptim: {lr: 1e-3, weight_decay: 5E-2, min_lr_share: 0}\n"
+        "train: {steps: 1, global_batch_size: 1}\n"
+    )
+    recipe = load_recipe(path)
+    assert (recipe.optim.lr, recipe.optim.weight_decay, recipe.optim.min_lr_share) == (1e-3, 0.05, 0.0)
+    assert recipe.run_dir == "1e-3"
 
 
 def test_overrides():

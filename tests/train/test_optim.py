@@ -19,6 +19,11 @@ def test_schedules():
     cosine = OptimConfig(lr=1, warmup_steps=4)
     assert [lr_share(cosine, step, 24) for step in (0, 3, 4, 14)] == pytest.approx([0.25, 1, 1, 0.5])
     assert lr_share(cosine, 23, 24) < 0.01
+    # By hand: 2 steps up, flat, and the last round(0.25 * 12) = 3 steps down to a third; zero would be step 12.
+    short = OptimConfig(lr=1, schedule="wsd", decay_share=0.25, warmup_steps=2)
+    assert [lr_share(short, step, 12) for step in range(12)] == pytest.approx(
+        [1 / 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2 / 3, 1 / 3]
+    )
     wsd = OptimConfig(lr=1, schedule="wsd", decay_share=0.2)
     assert [lr_share(wsd, step, 100) for step in (0, 79, 80, 90)] == pytest.approx([1, 1, 1, 0.5])
     assert lr_share(OptimConfig(lr=1, schedule="constant"), 99, 100) == 1

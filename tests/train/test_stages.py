@@ -255,6 +255,24 @@ def test_not_finite_stops_before_the_update_and_names_samples(make_recipe, plugi
     assert torch.equal(before, trainer.module.embedding.embed_tokens.weight)
 
 
+def test_gradients_are_clipped_by_their_common_norm(make_recipe, plugins, tmp_path):
+    """What the optimizer is given has the length of the limit, and the direction that it had."""
+    given = {}
+    for limit in (None, 0.01):
+        recipe = make_recipe("alignment", run_dir=str(tmp_path / str(limit)), optim={"grad_clip": limit})
+        trainer = prepared(recipe, plugins)
+
+        def keep(optimizer, *_, limit=limit):
+            groups = optimizer.param_groups
+            given[limit] = torch.cat([p.grad.flatten() for g in groups for p in g["params"]]).clone()
+
+        trainer.optimizers[0].register_step_pre_hook(keep)
+        logged = trainer.step(0, trainer.loader(Ledger()).batches(0))
+        assert logged["grad_norm"] == pytest.approx(float(given[None].norm()), rel=1e-5)  # before the clip
+    assert float(given[0.01].norm()) == pytest.approx(0.01, rel=1e-4)
+    torch.testing.assert_close(given[0.01] / given[0.01].norm(), given[None] / given[None].norm())
+
+
 def test_micro_batches_do_not_change_the_step(make_recipe, plugins, tmp_path):
     """One long packed row, or many short ones: the same gradient, since targets are counted over the step."""
     results = []

@@ -28,7 +28,7 @@ class OwnStageTests(StageTests):
             "model": {
                 "backbone": {"name": "transformers", "options": {"path": str(world / "llm")}},
                 "embedding": {} if is_bare_llm else {"num_hidden_layers": 2, "image_size": 56},
-                "image": {"max_tiles": 2},
+                "image": {} if is_bare_llm else {"max_tiles": 2},
             },
             "data": {field: [{"path": str(world / shards)}] for field, shards in cls.sources.items()},
             "optim": {"lr": 1e-3},

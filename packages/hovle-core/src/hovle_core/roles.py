@@ -1,6 +1,7 @@
 """The small contracts that plugins fill: what the platform needs of a teacher, an LLM backbone and a tokenizer."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,13 @@ class TeacherEncoder(nn.Module, ABC):
     """
 
     feature_size: int
+    #: Channels of `connect`, the encoder's own way into an LLM; None where it has none.
+    connector_size: int | None = None
+
+    @property
+    def layer_sizes(self) -> Sequence[int]:
+        """Channels of each of the encoder's layers that `feature_size` joins, the first layer first."""
+        return (self.feature_size,)
 
     @abstractmethod
     def grid_features(self, tiles: Tensor) -> Tensor:
@@ -29,6 +37,18 @@ class TeacherEncoder(nn.Module, ABC):
                 "teachers normalise by themselves, pass the tiles of HovleImageProcessor as they are"
             )
         return self.grid_features(tiles)
+
+    def connect(self, features: Tensor) -> Tensor:
+        """`[N, h, w, feature_size]` -> `[N, h', w', connector_size]`: what the encoder's own LLM reads of them.
+
+        Raises ValueError where the encoder comes without a connector.
+        """
+        raise ValueError(f"{type(self).__name__} has no connector (connector_size is None)")
+
+    @torch.no_grad()
+    def connected_features(self, tiles: Tensor) -> Tensor:
+        """`connect(features(tiles))` without gradient."""
+        return self.connect(self.features(tiles))
 
     def train(self, mode: bool = True) -> "TeacherEncoder":
         """A teacher stays in eval: its features must not depend on what trains around it."""

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Section(BaseModel):
     """A part of a settings file: no unknown keys, no silent conversions of what was meant."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, strict=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats: the 1.1 that PyYAML speaks reads 1e-3 as a string, and people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+$"), list("+-0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """`yaml.safe_load`, where `1e-3` is a number. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

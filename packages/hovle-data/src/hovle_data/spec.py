@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from hovle_core.registry import Registry
 from hovle_data.mixture import Source
 from hovle_data.records import IMAGE_SUFFIXES
-from hovle_data.sections import Section, explain
+from hovle_data.sections import Section, explain, read_yaml
 from hovle_data.storage import is_url
 
 
@@ -136,7 +136,7 @@ def _kind_of_json(path: Path) -> str | None:
 
 def _read_spec(path: Path) -> BuildSpec:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(raw, dict):

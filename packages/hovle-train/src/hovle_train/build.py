@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hovle_core.config import HolisticEmbeddingConfig
@@ -119,9 +120,45 @@ def build_hovle(
             model = HovleForConditionalGeneration.from_language_model(
                 llm, embedding, tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
             )
+        if config.blocks_from_llm:
+            start_from_llm(model)
         processor = build_processor(config, tokenizer, embedding)
     prepare_for_training(model, config)
     return model, processor
+
+
+@torch.no_grad()
+def start_from_llm(model: HovleForConditionalGeneration) -> None:
+    """Copy the LLM's first layers into the embedding blocks: on text they then compute what those layers do.
+
+    Raises ValueError for an LLM whose layers are no such blocks (biases, norms of their own, another size or
+    activation), or that has fewer of them.
+    """
+    layers, blocks = model.language_model.get_decoder().layers, model.embedding.layers
+    why = f"model.blocks_from_llm: the embedding's {len(blocks)} blocks cannot start from this LLM"
+    if len(layers) < len(blocks):
+        raise ValueError(f"{why} of {len(layers)} layers: lower model.embedding.num_hidden_layers")
+    wanted, given = ({k: v.shape for k, v in s[0].state_dict().items()} for s in (blocks, layers))
+    if wanted != given:
+        differ = sorted(k for k in wanted.keys() | given.keys() if wanted.get(k) != given.get(k))
+        raise ValueError(
+            f"{why} ({model.config.text_config.model_type}), whose layers differ in {', '.join(differ[:4])}: leave it "
+            "out, or fit model.embedding (intermediate_size, heads, attention_bias) where it can say that"
+        )
+    for field in ("hidden_act", "rms_norm_eps", "rope_parameters"):
+        ours = getattr(model.config.embedding_config, field)
+        if ours != (theirs := getattr(model.config.text_config, field, None)):
+            raise ValueError(f"{why}: model.embedding.{field} is {ours!r} and the LLM's is {theirs!r}")
+    for block, layer in zip(blocks, layers, strict=False):
+        block.load_state_dict(layer.state_dict())
+
+
+def find_hovle(module: nn.Module) -> HovleForConditionalGeneration:
+    """The HoVLE in what a stage trains. Raises ValueError where there is none."""
+    for part in module.modules():
+        if isinstance(part, HovleForConditionalGeneration):
+            return part
+    raise ValueError(f"train.drop_path is for a HoVLE, and {type(module).__name__} holds none: leave it out")
 
 
 def prepare_for_training(model: PreTrainedModel, config: ModelConfig) -> None:

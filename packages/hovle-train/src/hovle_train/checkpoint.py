@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hovle_train.average import KIND, WeightAverage
 from hovle_train.sharded import share_like, whole
 
 logger = logging.getLogger(__name__)
@@ -147,7 +148,8 @@ def read_state(path: Path) -> dict[str, Any]:
 def optimizer_state(
     weights: Mapping[str, nn.Parameter], optimizers: Iterable[torch.optim.Optimizer]
 ) -> dict[str, torch.Tensor]:
-    """What optimizers remember of each parameter, as `<kind>/<parameter name>` (`exp_avg/head.weight`), as it is.
+    """What optimizers and averages remember of each parameter, as `<kind>/<parameter name>` (`exp_avg/head.weight`), as
+    it is.
 
     Their settings are the recipe's and the step's, and are not stored.
     """
@@ -166,10 +168,15 @@ def load_optimizer_state(
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
     """Restore what `gather` found of optimizers, on the parameters' devices and in their shards."""
+    # Every averaged weight has an optimizer as well.
     owner = {
-        p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+        (isinstance(optimizer, WeightAverage), p): optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
     }
     for key, value in tensors.items():
         kind, name = key.split("/", 1)
         p = weights[name]
-        owner[p].state[p][kind] = share_like(p, value) if value.shape == p.shape else value.to(p.device)
+        restored = share_like(p, value) if value.shape == p.shape else value.to(p.device)
+        owner[kind == KIND, p].state[p][kind] = restored

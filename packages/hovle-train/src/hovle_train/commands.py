@@ -34,10 +34,12 @@ def run_train(args: argparse.Namespace) -> int:
 
     plugins: HovlePlugins = args.plugins
     recipe = load_recipe(args.recipe, args.overrides, plugins.registry)
+    plugins.registry.get("stage", recipe.stage.name)
     if args.print_config:
+        # Its options, and what it does not read, are errors here already.
+        plugins.registry.build("stage", recipe.stage.name, recipe=recipe, registry=plugins.registry)
         print(recipe.to_yaml(), end="")
         return 0
-    plugins.registry.get("stage", recipe.stage.name)
     if args.dry_run:
         dry_run(recipe, plugins)
         return 0

@@ -1,7 +1,6 @@
 """Recipes: what a run is, in YAML, checked before anything starts. Unknown keys are errors that suggest a right one."""
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,9 +9,13 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hovle_core.registry import Registry, did_you_mean
 from hovle_data.mixture import check_weight
-from hovle_data.sections import Section, explain
+from hovle_data.sections import Section, explain, read_yaml
 
-_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+# As YAML and JSON have them: tuples are lists there, and JSON's keys are strings.
+Share = Annotated[float, Field(strict=False)]
+Betas = Annotated[
+    tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
+]
 
 
 class Named(Section):
@@ -30,7 +33,7 @@ class Source(Section):
 
     path: str
     name: str = "webdataset"
-    weight: float | dict[float, float] = 1.0
+    weight: float | dict[Share, float] = 1.0
     options: dict[str, Any] = {}
 
     @field_validator("weight")
@@ -60,6 +63,8 @@ class ModelConfig(Section):
     tokenizer: Named | None = None
     # Lay the LLM's embeddings out anew for `tokenizer`: tokens that both know keep their rows.
     resize_embeddings: bool = False
+    # Start the embedding blocks from the LLM's first ones, not from random weights.
+    blocks_from_llm: bool = False
     # Fields of HolisticEmbeddingConfig; width, heads and vocabulary come from the LLM where they are not given.
     embedding: dict[str, Any] = {}
     image: ImageConfig = ImageConfig()
@@ -90,7 +95,9 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _init_from_is_whole(self) -> "ModelConfig":
-        given = self.model_fields_set & {"backbone", "tokenizer", "resize_embeddings", "embedding", "image"}
+        given = self.model_fields_set & {
+            "backbone", "tokenizer", "resize_embeddings", "blocks_from_llm", "embedding", "image",
+        }  # fmt: skip
         if self.init_from is None or not given:
             return self
         default = ModelConfig()
@@ -106,7 +113,7 @@ class DataConfig(Section):
     images: list[Source] = []
     texts: list[Source] = []
     # Text tokens beside each image in distillation, drawn uniformly from this range.
-    text_tokens: tuple[int, int] = (16, 64)
+    text_tokens: tuple[Annotated[int, Field(ge=1)], int] = Field((16, 64), strict=False)
     # A run fails above this share of unreadable samples.
     max_quarantine_share: float = Field(0.01, ge=0, le=1)
     prefetch_steps: int = Field(2, ge=1)
@@ -114,6 +121,21 @@ class DataConfig(Section):
     num_threads: int = Field(1, ge=1)
     # A conversation longer than a row: refused by name, or cut behind its last answer that fits.
     long_samples: Literal["refuse", "truncate"] = "refuse"
+
+    @field_validator("text_tokens")
+    @classmethod
+    def _a_range(cls, text_tokens: tuple[int, int]) -> tuple[int, int]:
+        if text_tokens[0] > text_tokens[1]:
+            raise ValueError(f"text_tokens is {list(text_tokens)}: it reads [fewest, most]")
+        return text_tokens
+
+
+class AverageConfig(Section):
+    """An exponential moving average of the weights. `export` says where it goes: into `final/` in place of the weights,
+    or into `final_ema/` beside them."""
+
+    decay: float = Field(0.999, gt=0, lt=1)
+    export: Literal["final", "beside"] = "final"
 
 
 class OptimConfig(Section):
@@ -124,21 +146,22 @@ class OptimConfig(Section):
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Betas = (0.9, 0.95)
     weight_decay: float = Field(0.05, ge=0)
     grad_clip: float | None = Field(1.0, gt=0)
     # Pattern of parameter names ("embedding.layers.*.o_proj.*") -> factor on the learning rate; the longest that
     # matches wins.
-    lr_factors: dict[str, float] = {}
+    lr_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
-    # Share of the steps in which WSD decays to zero.
+    # WSD decays to zero in this last share of the steps.
     decay_share: float = Field(0.2, gt=0, le=1)
     # The cosine ends at this share of the peak.
     min_lr_share: float = Field(0.0, ge=0, le=1)
     # Shares of the steps after which the cosine starts anew at the peak (SGDR, Loshchilov & Hutter 2017), such as
     # where a curriculum changes.
     restarts: list[Annotated[float, Field(gt=0, lt=1)]] = []
+    ema: AverageConfig | None = None
 
     @model_validator(mode="after")
     def _schedule_reads_them(self) -> "OptimConfig":
@@ -151,6 +174,18 @@ class OptimConfig(Section):
         if self.restarts != sorted(set(self.restarts)):
             raise ValueError(f"restarts {self.restarts} must ascend")
         return self
+
+
+class DropPathConfig(Section):
+    """Stochastic depth of the embedding blocks: `rate` is the last block's, at the last step.
+
+    `start_rate`: what it rises from, linearly over the steps; None keeps it as it is. `depth`: from 0 in the first
+    block linearly up to the last one's, or the same in all.
+    """
+
+    rate: float = Field(gt=0, lt=1)
+    start_rate: float | None = Field(None, ge=0, lt=1)
+    depth: Literal["linear", "uniform"] = "linear"
 
 
 class TrainConfig(Section):
@@ -167,6 +202,7 @@ class TrainConfig(Section):
     # A run whose rows are emptier than this share of micro_batch_tokens stops and says why.
     min_fill: float = Field(0.5, ge=0, le=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    drop_path: DropPathConfig | None = None
     log_every: int = Field(10, gt=0)
     checkpoint_every: int = Field(500, gt=0)
     keep_checkpoints: int = Field(2, ge=1)
@@ -265,6 +301,34 @@ class Recipe(Section):
     observers: ObserversConfig = ObserversConfig()
 
     @model_validator(mode="after")
+    def _every_phase_of_the_schedule_has_steps(self) -> "Recipe":
+        optim, steps = self.optim, self.train.steps
+        if optim.warmup_steps >= steps:
+            raise ValueError(
+                f"optim.warmup_steps {optim.warmup_steps} must be fewer than train.steps {steps}: the learning rate "
+                "would never reach its peak"
+            )
+        if optim.schedule == "wsd" and optim.warmup_steps > steps - round(optim.decay_share * steps):
+            raise ValueError(
+                f"optim.decay_share {optim.decay_share} of {steps} steps begins before warmup_steps "
+                f"{optim.warmup_steps} are over: lower one of them"
+            )
+        starts = [optim.warmup_steps, *(round(share * steps) for share in optim.restarts), steps]
+        for share, before, at, after in zip(optim.restarts, starts, starts[1:], starts[2:], strict=False):
+            if not before < at < after:
+                raise ValueError(
+                    f"optim.restarts {share} is step {at} of {steps}, and there is no step between it and what comes "
+                    f"before or after it (steps {before} and {after}; warmup_steps is {optim.warmup_steps})"
+                )
+        for source in (*self.data.sources, *self.data.images, *self.data.texts):
+            shares = sorted(source.weight) if isinstance(source.weight, dict) else []
+            if len({round(share * steps) for share in shares}) < len(shares):
+                raise ValueError(
+                    f"weight of {source.path} is {source.weight}: two of these shares are the same one of {steps} steps"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _curricula_know_their_positions(self) -> "Recipe":
         for source in (*self.data.sources, *self.data.images, *self.data.texts):
             if isinstance(source.weight, dict) and self.train.global_batch_size is None:
@@ -325,7 +389,7 @@ def load_recipe(
                 f"no recipe file {str(recipe)!r}, and no plugin offers one by that name (known: {names})"
             )
         path = registry.resource("recipe", str(recipe))
-    raw = yaml.safe_load(path.read_text())
+    raw = read_yaml(path.read_text())
     if not isinstance(raw, dict):
         raise ValueError(f"recipe {path} must be a mapping of sections, got {type(raw).__name__}")
     return parse_recipe(apply_overrides(raw, overrides or []), source=str(path))
@@ -348,10 +412,7 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]
             )
             if not isinstance(node, dict | list):
                 raise ValueError(f"override {override!r}: {part!r} is a value, not a section")
-        parsed = yaml.safe_load(value)
-        # YAML 1.1 reads 3e-4 as a string; people mean a number.
-        if isinstance(parsed, str) and _EXPONENT.fullmatch(parsed):
-            parsed = float(parsed)
+        parsed = read_yaml(value)
         node[_list_index(node, last, override) if isinstance(node, list) else last] = parsed
     return raw
 

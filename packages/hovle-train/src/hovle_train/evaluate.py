@@ -149,12 +149,10 @@ def image_cosine(
             ids = torch.from_numpy(one).repeat(len(some), 1).to(_device(model))
             embedded = model.embed(ids, processor.image_processor.normalize(pixels))
             student = head(embedded[ids == model.config.image_token_id].float())
-            target = (
-                to_student_grid(
-                    teacher.to(_device(model)).features(pixels), processor.tokens_per_tile
-                ).flatten(0, 1)
-                - mean
-            )
+            teacher = teacher.to(_device(model))
+            features = teacher.connected_features if isinstance(head, nn.Identity) else teacher.features
+            target = to_student_grid(features(pixels), processor.tokens_per_tile).flatten(0, 1)
+            target = target[:, -len(mean) :] - mean  # of joined layers, the one that the output learnt
             total += float(F.cosine_similarity(student.float(), target, dim=-1).sum())
             count += len(target)
     return total / count
@@ -180,8 +178,10 @@ def load_head(checkpoint: Path) -> tuple[nn.Module, Tensor]:
     tensors = load_file(checkpoint / HEAD_FILE)
     mean = tensors.pop("mean")
     weights = {name.removeprefix("head."): tensor for name, tensor in tensors.items()}
-    if "weight" in weights:
-        head: nn.Module = nn.Linear(*weights["weight"].shape[::-1])
+    if not weights:  # the teacher's connector took its place
+        head: nn.Module = nn.Identity()
+    elif "weight" in weights:
+        head = nn.Linear(*weights["weight"].shape[::-1])
     else:
         first, last = weights["0.weight"], weights["2.weight"]
         head = nn.Sequential(nn.Linear(*first.shape[::-1]), nn.GELU(), nn.Linear(*last.shape[::-1]))

@@ -1,5 +1,6 @@
 """The end of a run: its final checkpoint, by one rename, and a summary of what made it."""
 
+import copy
 import json
 import os
 import resource
@@ -10,10 +11,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from hovle_train.average import write_averages
 from hovle_train.checkpoint import sync_folder
 from hovle_train.lineage import parent_of
 from hovle_train.metrics import read_metrics
-from hovle_train.runs import FINAL, METRICS_FILE, RUN_CARD, SUMMARY_FILE
+from hovle_train.runs import FINAL, FINAL_EMA, METRICS_FILE, RUN_CARD, SUMMARY_FILE
 
 if TYPE_CHECKING:
     from hovle_train.loop import Trainer
@@ -61,27 +65,39 @@ def summary(trainer: "Trainer") -> dict[str, Any]:
 
 
 def export_final(trainer: "Trainer") -> None:
-    """Write `final/` and `summary.json` on rank 0, then drop the checkpoints that only resuming needed."""
+    """Write `final/`, an average beside it where asked, and `summary.json`, on rank 0; then drop the checkpoints that
+    only resuming needed."""
     if not trainer.runtime.is_main:
         return
-    folder = trainer.recipe.path
+    folder, ema = trainer.recipe.path, trainer.recipe.optim.ema
+    if trainer.averages is not None and ema is not None:
+        # Beside: a stage's export may change what it is given, and the weights are still to come.
+        averaged = copy.deepcopy(trainer.module) if ema.export == "beside" else trainer.module
+        write_averages(trainer.averages, averaged)
+        if ema.export == "beside":
+            _write(trainer, averaged, folder / FINAL_EMA)
     temporary = folder / f".{FINAL}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        trainer.stage.export(trainer.module, trainer.processor, temporary)
-        card = summary(trainer)
-        (temporary / RUN_CARD).write_text(json.dumps(card, indent=1))
-        write_json(folder / SUMMARY_FILE, card)
-        sync_folder(temporary)
-    except BaseException:  # a full disk: give back what was taken
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    card = _write(trainer, trainer.module, temporary)
+    write_json(folder / SUMMARY_FILE, card)
     os.replace(temporary, folder / FINAL)
     shutil.rmtree(trainer.checkpoints, ignore_errors=True)
     trainer.plugins.manager.hook.hovle_on_checkpoint(
         run=trainer.run_info, step=trainer.recipe.train.steps - 1, path=folder / FINAL
     )
+
+
+def _write(trainer: "Trainer", module: nn.Module, folder: Path) -> dict[str, Any]:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        trainer.stage.export(module, trainer.processor, folder)
+        card = summary(trainer)
+        (folder / RUN_CARD).write_text(json.dumps(card, indent=1))
+        sync_folder(folder)
+    except BaseException:  # a full disk: give back what was taken
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return card
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -32,18 +32,27 @@ def to_student_grid(features: Tensor, num_tokens: int) -> Tensor:
 
 
 class TeacherFeatures:
-    """Features `[N, P, C]` of tiles by key, minus the mean over the data; from a teacher, or from a store on disk."""
+    """Features `[N, P, C]` of tiles by key, minus the mean over the data; from a teacher, or from a store on disk.
 
-    def __init__(self, teacher: TeacherEncoder, num_tokens: int, centre: bool = True):
+    `connected`: as the teacher's own connector gives them. Raises ValueError where it has none.
+    """
+
+    def __init__(
+        self, teacher: TeacherEncoder, num_tokens: int, centre: bool = True, connected: bool = False
+    ):
         self.teacher, self.num_tokens, self.centre = teacher, num_tokens, centre
-        self.size = teacher.feature_size
+        size = teacher.connector_size if connected else teacher.feature_size
+        if size is None:
+            raise ValueError(f"{type(teacher).__name__} has no connector to distil from")
+        self.size, self.connected = size, connected
         self.mean = torch.zeros(self.size)
         self._store: np.ndarray | None = None
         self._rows: dict[str, int] = {}
 
     def compute(self, tiles: Tensor) -> Tensor:
         """uint8 `[N, 3, S, S]` -> `[N, P, C]` through the teacher, not centred."""
-        return to_student_grid(self.teacher.features(tiles), self.num_tokens)
+        features = self.teacher.connected_features if self.connected else self.teacher.features
+        return to_student_grid(features(tiles), self.num_tokens)
 
     def set_mean(self, samples: Iterable[Tensor]) -> None:
         """Centre by the mean feature of the first tiles of `samples` (uint8 `[N, 3, S, S]` each)."""

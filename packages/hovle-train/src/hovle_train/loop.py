@@ -19,8 +19,11 @@ from hovle_data.pipeline import Loader, State, StepLoader
 from hovle_data.quarantine import Ledger
 from hovle_data.rows import RowLoader
 from hovle_train import checkpoint
+from hovle_train.average import WeightAverage
 from hovle_train.balance import Balance, BalancedLoader
+from hovle_train.build import find_hovle
 from hovle_train.config import Recipe
+from hovle_train.drop_path import DropPath
 from hovle_train.export import export_final
 from hovle_train.failure import STACKS, Stopped, Watchdog, asked_to_stop, check_finite, clear_disk_errors
 from hovle_train.fill import Fill
@@ -93,6 +96,8 @@ class Trainer:
         if writer is not None:
             writer.close()
         self.module = self.parallel.finish()
+        # Every rank may hold a share of them.
+        self.averages = None if self.average is None else self.average.gather()
         export_final(self)
         if self.remote is not None and self.runtime.is_main:
             self.remote.push_final(self.recipe.path)
@@ -137,11 +142,19 @@ class Trainer:
             i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None
         )
         freeze_except(self.module, self.stage.trainable(self.module))
+        drop_path = self.recipe.train.drop_path
+        self.drop_path = (
+            None
+            if drop_path is None
+            else DropPath(find_hovle(self.module), drop_path, self.recipe.train.steps)
+        )
         self.parallel: Parallel = make_parallel(
             self.recipe.parallel, self.module, self.stage, self.runtime, self.dtype
         )
         self.weights = self.parallel.weights
         self.optimizers = build_optimizers(self.recipe.optim, self.weights.masters)
+        ema = self.recipe.optim.ema
+        self.average = None if ema is None else WeightAverage(self.weights.masters, ema.decay)
         self.stage.setup(self.module, self.processor, self.runtime, self._progress)
 
     def resume(self) -> int:
@@ -156,7 +169,7 @@ class Trainer:
             check_same(state["recipe"], self.recipe, f"checkpoint {found}")
             recorded = state.get("parent_weights")
             check_parent(recorded, self.parent_weights, self.recipe, f"checkpoint {found}")
-            checkpoint.load(found, self.weights.masters, self.optimizers)
+            checkpoint.load(found, self.weights.masters, self.remembering)
             self.weights.publish()
             for change in self.plugins.changed_since(state["plugins"]):
                 logger.warning("%s: results may differ from those of an uninterrupted run", change)
@@ -170,6 +183,11 @@ class Trainer:
         if self.runtime.is_main:
             truncate_metrics(self.recipe.path / METRICS_FILE, first - 1)
         return first
+
+    @property
+    def remembering(self) -> list[torch.optim.Optimizer]:
+        """What has a state that checkpoints keep."""
+        return [*self.optimizers, *([] if self.average is None else [self.average])]
 
     def loader(self, ledger: Ledger) -> Loader:
         train, data = self.recipe.train, self.recipe.data
@@ -204,6 +222,8 @@ class Trainer:
         """One optimizer step over this rank's share of the global batch; returns what to log, reduced over ranks."""
         torch.manual_seed(hash64("step", self.recipe.seed, step, self.runtime.rank) % 2**63)
         set_train_mode(self.module)
+        if self.drop_path is not None:
+            self.drop_path.set_step(step)
         totals = self.count_targets(micro_batches)
         sums = dict.fromkeys(totals, 0.0)
         started = time.perf_counter()
@@ -224,6 +244,8 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(step)
         self.weights.publish()
         return {name: sums[name] / totals[name] for name in sums} | {"grad_norm": norm}
 
@@ -276,7 +298,7 @@ class Trainer:
         if step + 1 == self.recipe.train.steps or not (due or self.stopping):
             return
         data = {name: lane for rank in self.runtime.gather(data_state) for name, lane in rank.items()}
-        tensors = checkpoint.gather(self.weights.masters, self.optimizers, self.runtime.is_main)
+        tensors = checkpoint.gather(self.weights.masters, self.remembering, self.runtime.is_main)
         path = None
         if self.runtime.is_main:
             state = {

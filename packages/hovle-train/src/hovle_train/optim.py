@@ -22,7 +22,7 @@ def lr_share(config: OptimConfig, step: int, steps: int) -> float:
     if config.schedule == "cosine":
         return config.min_lr_share + (1 - config.min_lr_share) * 0.5 * (1 + math.cos(math.pi * progress))
     if config.schedule == "wsd":
-        return min(1.0, (1 - progress) / config.decay_share)
+        return min(1.0, (steps - step) / max(1, round(config.decay_share * steps)))
     return 1.0
 
 

@@ -9,6 +9,7 @@ from hovle_core.runs import FINAL, RECIPE_FILE, is_finished, resolve_checkpoint
 
 __all__ = [
     "FINAL",
+    "FINAL_EMA",
     "METRICS_FILE",
     "RECIPE_FILE",
     "RUN_CARD",
@@ -22,6 +23,8 @@ __all__ = [
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+# The average of the weights, where a recipe wants it beside them.
+FINAL_EMA = "final_ema"
 # The summary once more, inside the finished checkpoint: it goes wherever that goes.
 RUN_CARD = "hovle_run.json"
 # A few words on long work before the first step, for whoever follows the run.

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hovle_core.roles import TeacherEncoder
+from hovle_teacher_timm.connector import Connector
 from hovle_teacher_timm.weights import from_intern_vit_names, lite0_state, load_strictly, read_safetensors
 
 LITE0_WHEEL = "efficientnet-lite0-wheel"
@@ -34,6 +35,8 @@ class TimmTeacher(TeacherEncoder):
             one's). Stages average or interpolate to the student's grid in any case: this says how, and on which.
         resample: how, where grids differ: "average" of what falls into a cell, or "bilinear", "bicubic" and "nearest"
             interpolation (antialiased where it shrinks).
+        connector: a `.safetensors` file with InternVL's `mlp1.*`, the way from its features into its LLM; for
+            distillation with `head: connector`. The grid is then the model's own.
         mean, std: RGB normalisation on the 0..1 scale; by default the model's own.
         model_kwargs: passed on to `timm.create_model`.
     """
@@ -49,6 +52,7 @@ class TimmTeacher(TeacherEncoder):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
+        connector: str | None = None,
     ) -> None:
         super().__init__()
         if size is not None and size < 1:
@@ -69,7 +73,10 @@ class TimmTeacher(TeacherEncoder):
         self.feature_layers = [layer % len(layers) for layer in given]
         if not given or self.feature_layers != sorted(set(self.feature_layers)):
             raise ValueError(f"feature_layer: {given} must name each layer once, in ascending order")
-        self.feature_size = sum(layers[layer] for layer in self.feature_layers)
+        self._layer_sizes = [layers[layer] for layer in self.feature_layers]
+        self.feature_size = sum(self._layer_sizes)
+        self.connector = None if connector is None else Connector.load(Path(connector), self.feature_size)
+        self.connector_size = None if self.connector is None else self.connector.size
         self.grid, self.resample = grid, resample
         self.size = size
         # The final norm belongs to the last layer only; earlier layers were never meant to pass through it.
@@ -86,6 +93,13 @@ class TimmTeacher(TeacherEncoder):
             self.model.to(memory_format=torch.channels_last)
         self.requires_grad_(False)
         self.train(False)
+
+    @property
+    def layer_sizes(self) -> Sequence[int]:
+        return self._layer_sizes
+
+    def connect(self, features: Tensor) -> Tensor:
+        return super().connect(features) if self.connector is None else self.connector(features)
 
     def grid_features(self, tiles: Tensor) -> Tensor:
         """uint8 `[N, 3, S, S]` -> float32 `[N, h, w, C]`."""

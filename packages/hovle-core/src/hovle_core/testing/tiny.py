@@ -93,13 +93,17 @@ def tiny_hovle(
 
 
 class GridTeacher(TeacherEncoder):
-    """A teacher without weights: mean colours of a grid of cells, spread over `feature_size` fixed directions."""
+    """A teacher without weights: mean colours of a grid of cells, spread over `feature_size` fixed directions, as if
+    they were joined from `layers` equal layers. Its connector repeats them up to `connector_size` channels."""
 
     directions: Tensor  # a buffer
 
-    def __init__(self, feature_size: int = 8, grid: int = 2):
+    def __init__(
+        self, feature_size: int = 8, grid: int = 2, layers: int = 1, connector_size: int | None = None
+    ):
         super().__init__()
-        self.feature_size, self.grid = feature_size, grid
+        self.feature_size, self.grid, self.layers = feature_size, grid, layers
+        self.connector_size = connector_size
         self.register_buffer(
             "directions", torch.randn(3, feature_size, generator=torch.Generator().manual_seed(0))
         )
@@ -107,3 +111,12 @@ class GridTeacher(TeacherEncoder):
     def grid_features(self, tiles: Tensor) -> Tensor:
         colours = F.adaptive_avg_pool2d(tiles.float() / 255, self.grid)  # [N, 3, grid, grid]
         return colours.permute(0, 2, 3, 1) @ self.directions
+
+    @property
+    def layer_sizes(self) -> list[int]:
+        return [self.feature_size // self.layers] * self.layers
+
+    def connect(self, features: Tensor) -> Tensor:
+        if self.connector_size is None:
+            return super().connect(features)
+        return features.repeat(1, 1, 1, self.connector_size // self.feature_size)

@@ -7,13 +7,14 @@ from torch import nn
 from hovle_core.processor import HovleProcessor
 from hovle_data.quarantine import Ledger
 from hovle_data.streams import PairStream, Stream
-from hovle_train.stages.base import NextTokenStage
+from hovle_train.stages.base import HOVLE_FIELDS, NextTokenStage
 
 
 class Alignment(NextTokenStage):
     """The holistic embedding learns to write what the frozen LLM can read. Reads `data.sources` (pairs)."""
 
     name = "alignment"
+    reads = ("data.sources", "data.long_samples", *HOVLE_FIELDS)
 
     def trainable(self, module: nn.Module) -> Sequence[str]:
         return ["embedding."]

@@ -26,19 +26,32 @@ from hovle_train.runtime import Runtime
 
 Progress = Callable[[str, int, int], None]
 
+# Fields of a recipe that not every stage reads: one that is set for a stage that does not is a mistake.
+STAGE_FIELDS = (
+    "data.sources", "data.images", "data.texts", "data.text_tokens", "data.long_samples",
+    "model.init_from", "model.blocks_from_llm", "model.embedding", "model.image", "train.drop_path",
+)  # fmt: skip
+# Those of a HoVLE's stages, whatever their data.
+HOVLE_FIELDS = (
+    "model.init_from", "model.blocks_from_llm", "model.embedding", "model.image", "train.drop_path",
+)  # fmt: skip
+
 
 class Stage(ABC):
     """One stage of one run. Made once a process, before anything is loaded.
 
-    Class attributes: `name`, as recipes call it; `Options`, what `stage.options` may hold; `target_kinds`, the names
-    of what its losses are sums over.
+    Class attributes: `name`, as recipes call it; `Options`, what `stage.options` may hold; `reads`, which of
+    `STAGE_FIELDS` do something here (all, unless it says so); `target_kinds`, the names of what its losses are sums
+    over.
     `module`, in every method that takes it, is the nn.Module that the same stage's `build` returned. It is typed Any so
     that a stage can name its own class there.
-    Raises ValueError for options that do not validate.
+    Raises ValueError for options that do not validate, and for a field that the recipe sets and the stage does not
+    read.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type[Section]] = Section
+    reads: ClassVar[tuple[str, ...]] = STAGE_FIELDS
     target_kinds: ClassVar[tuple[str, ...]] = ("loss",)
     processor: HovleProcessor  # set by the loop from `build`
 
@@ -50,6 +63,16 @@ class Stage(ABC):
             raise ValueError(
                 f"stage.options of {self.name!r} are not valid:\n{explain(error, self.Options)}"
             ) from None
+        for field in STAGE_FIELDS:
+            section, key = field.split(".")
+            part = getattr(recipe, section)
+            default = type(part).model_fields[key].get_default(call_default_factory=True)
+            if field not in self.reads and getattr(part, key) != default:
+                read = [name for name in self.reads if name.startswith(f"{section}.")]
+                raise ValueError(
+                    f"{field} does nothing in stage {self.name!r}: leave it out"
+                    + (f" (of such fields this stage reads {', '.join(read)})" if read else "")
+                )
 
     @abstractmethod
     def build(self) -> tuple[nn.Module, HovleProcessor]:
@@ -127,8 +150,13 @@ class Stage(ABC):
 class NextTokenStage(Stage):
     """What alignment and instruction tuning share: a HoVLE, and next-token prediction on targets."""
 
-    def build(self) -> tuple[HovleForConditionalGeneration, HovleProcessor]:
-        return build_hovle(self.recipe.model, self.registry, self.recipe.seed)
+    def build(self) -> tuple[nn.Module, HovleProcessor]:
+        model, processor = build_hovle(self.recipe.model, self.registry, self.recipe.seed)
+        return self.wrap(model), processor
+
+    def wrap(self, model: HovleForConditionalGeneration) -> nn.Module:
+        """What trains of a model: itself, unless a stage puts something around it."""
+        return model
 
     def targets(self, module: HovleForConditionalGeneration, batch: PackedBatch) -> dict[str, int]:
         return {"loss": batch.num_target_tokens}

@@ -4,20 +4,22 @@ embedding, on images and text that have nothing to do with each other (paper, se
     loss = -w_I · mean cos(head(x̂_I), z_I) - w_T · mean cos(x̂_T, z_T)
 
 z_I: features of the frozen teacher at the image token's place; head: a projection to the teacher's width that is
-thrown away after training. z_T: the LLM's embedding of the token. Weights, head and teacher layer of the paper are
-not published; these are ours.
+thrown away after training, or nothing, where the teacher's own connector brings z_I to the LLM's width. z_T: the LLM's
+embedding of the token. With `blocks`, the image's part is a weighted mean over outputs of several blocks, each with a
+head of its own. Weights, head and teacher layer of the paper are not published; these are ours.
 
 Shapes: T packed tokens, N tiles, P image tokens a tile, D hidden size, C teacher channels.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -35,7 +37,7 @@ from hovle_train.build import build_hovle
 from hovle_train.config import Named
 from hovle_train.features import TeacherFeatures
 from hovle_train.runtime import Runtime
-from hovle_train.stages.base import Progress, Stage, model_inputs, save_hovle
+from hovle_train.stages.base import HOVLE_FIELDS, Progress, Stage, model_inputs, save_hovle
 
 logger = logging.getLogger(__name__)
 
@@ -45,26 +47,44 @@ NORM_SAMPLES = 64
 
 
 class DistillationOptions(Section):
-    """`head` projects the student to the teacher's width; `centre` subtracts the mean feature from targets;
-    `cache_features` runs the teacher once over all images and trains from disk; `match_norms` scales the finished
-    embedding so that text comes out as long as the LLM's own embeddings: a cosine leaves lengths free, and an LLM
-    cannot read what is a hundred times longer than anything it has seen (ours, not the paper's)."""
+    """Only `teacher` has no default."""
 
     teacher: Named
-    head: Literal["linear", "mlp"] = "linear"
+    # A projection of the student to the teacher's width, or the teacher's own connector in its place.
+    head: Literal["linear", "mlp", "connector"] = "linear"
+    # Embedding blocks that are distilled (the first is 1) and their weights; None is the last alone. Of a teacher that
+    # joins as many layers each learns one.
+    blocks: dict[Annotated[int, Field(ge=1, strict=False)], Annotated[float, Field(gt=0)]] | None = None
     image_weight: float = Field(1.0, ge=0)
     text_weight: float = Field(1.0, ge=0)
-    centre: bool = True
+    # Subtract the mean feature from targets. None: for heads, and not behind a connector, whose mean the LLM reads too.
+    centre: bool | None = None
+    # Run the teacher once over all images and train from disk.
     cache_features: bool = False
+    # Scale the finished embedding so that text comes out as long as the LLM's own embeddings: a cosine leaves lengths
+    # free, and an LLM cannot read what is a hundred times longer than anything it has seen (ours, not the paper's).
     match_norms: bool = True
+
+    @model_validator(mode="after")
+    def _something_is_learnt(self) -> "DistillationOptions":
+        if self.image_weight == self.text_weight == 0:
+            raise ValueError("image_weight and text_weight are both 0: nothing would be learnt")
+        if self.blocks is not None and self.head == "connector":
+            raise ValueError(
+                f"blocks {self.blocks} does nothing with head 'connector', which is for the embedding's output: leave "
+                "it out, or set head: linear"
+            )
+        return self
 
 
 class DistillationModule(nn.Module):
-    """The HoVLE that is kept and the head that is not."""
+    """The HoVLE that is kept and the heads that are not: the output's, and those of earlier blocks."""
 
-    def __init__(self, model: HovleForConditionalGeneration, head: nn.Module):
+    def __init__(
+        self, model: HovleForConditionalGeneration, head: nn.Module, block_heads: Sequence[nn.Module] = ()
+    ):
         super().__init__()
-        self.model, self.head = model, head
+        self.model, self.head, self.block_heads = model, head, nn.ModuleList(block_heads)
 
 
 class Distillation(Stage):
@@ -72,20 +92,36 @@ class Distillation(Stage):
 
     name = "distillation"
     Options = DistillationOptions
+    reads = ("data.images", "data.texts", "data.text_tokens", *HOVLE_FIELDS)
     target_kinds = ("image_cosine", "text_cosine")
     ask: Callable[[np.ndarray], None] | None = None  # of a pool, for the features of tiles `[n, S, S, 3]`
 
     def build(self) -> tuple[DistillationModule, HovleProcessor]:
         model, processor = build_hovle(self.recipe.model, self.registry, self.recipe.seed)
+        return self.wrap(model), processor
+
+    def wrap(self, model: HovleForConditionalGeneration) -> DistillationModule:
         teacher = self._teacher()
         if not isinstance(teacher, TeacherEncoder):
             raise ValueError(
                 f"teacher {self.options.teacher.name!r} is a {type(teacher).__name__}, not a TeacherEncoder"
             )
         # Not a part of the module: it never trains, and no checkpoint holds it.
-        tokens = model.config.embedding_config.tokens_per_tile
-        self.features = TeacherFeatures(teacher.eval().requires_grad_(False), tokens, self.options.centre)
-        return DistillationModule(model, self._head(model.config.embedding_config.hidden_size)), processor
+        config, connected = model.config.embedding_config, self.options.head == "connector"
+        centre = not connected if self.options.centre is None else self.options.centre
+        frozen = teacher.eval().requires_grad_(False)
+        self.features = TeacherFeatures(frozen, config.tokens_per_tile, centre, connected)
+        if connected:
+            if self.features.size != config.hidden_size:
+                raise ValueError(
+                    f"stage.options.head: the connector of teacher {self.options.teacher.name!r} gives "
+                    f"{self.features.size} channels, and the LLM reads {config.hidden_size}: set head: linear or mlp"
+                )
+            self.blocks, self.sizes = {config.num_hidden_layers: 1.0}, [self.features.size]
+            return DistillationModule(model, nn.Identity())
+        self.blocks, self.sizes = self._distilled(model)
+        *earlier, last = [self._head(i, config.hidden_size, size) for i, size in enumerate(self.sizes)]
+        return DistillationModule(model, last, earlier)
 
     def _teacher(self) -> Any:
         """The recipe's teacher, here or in a pool of them; a dry run has no pool."""
@@ -100,19 +136,43 @@ class Distillation(Stage):
                 return pooled
         return self.registry.build("teacher", self.options.teacher.name, **self.options.teacher.options)
 
-    def _head(self, hidden_size: int) -> nn.Module:
+    def _distilled(self, model: HovleForConditionalGeneration) -> tuple[dict[int, float], list[int]]:
+        """Blocks with their weights, ascending, and how many of the teacher's channels each learns."""
+        num, layers = model.config.embedding_config.num_hidden_layers, self.features.teacher.layer_sizes
+        blocks = dict(sorted((self.options.blocks or {num: 1.0}).items()))
+        if max(blocks) != num:
+            raise ValueError(
+                f"stage.options.blocks {list(blocks)} must end with the last of the {num} blocks, whose output the "
+                "LLM reads"
+            )
+        if len(blocks) > 1 and model.config.embedding_config.pixel_shuffle_loc == "post":
+            raise ValueError(
+                "stage.options.blocks: with pixel_shuffle_loc 'post' an earlier block's tokens are not the teacher's "
+                f"grid of {self.features.num_tokens}: distil the last block alone"
+            )
+        if len(blocks) == 1 or len(layers) == 1:  # all that the teacher gives
+            return blocks, [self.features.size] * len(blocks)
+        if len(layers) != len(blocks):
+            raise ValueError(
+                f"stage.options.blocks names {len(blocks)} blocks, and teacher {self.options.teacher.name!r} joins "
+                f"{len(layers)} layers: give as many of both, or one layer"
+            )
+        return blocks, list(layers)
+
+    def _head(self, index: int, hidden_size: int, size: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.recipe.seed)
+            torch.manual_seed(self.recipe.seed + index)
             if self.options.head == "linear":
-                return nn.Linear(hidden_size, self.features.size)
+                return nn.Linear(hidden_size, size)
             return nn.Sequential(
-                nn.Linear(hidden_size, hidden_size * 4),
-                nn.GELU(),
-                nn.Linear(hidden_size * 4, self.features.size),
+                nn.Linear(hidden_size, hidden_size * 4), nn.GELU(), nn.Linear(hidden_size * 4, size)
             )
 
-    def trainable(self, module: nn.Module) -> Sequence[str]:
-        return ["model.embedding.", "head."]
+    def trainable(self, module: DistillationModule) -> Sequence[str]:
+        heads = [
+            name for name, part in module.named_children() if name != "model" and list(part.parameters())
+        ]
+        return ["model.embedding.", *(f"{name}." for name in heads)]
 
     def stream(self, processor: HovleProcessor, ledger: Ledger) -> Stream:
         data = self.recipe.data
@@ -141,7 +201,8 @@ class Distillation(Stage):
         images = [source.model_dump(mode="json") for source in self.recipe.data.images]
         made_by = [
             self.options.teacher.model_dump(mode="json"),
-            self.options.centre,
+            self.features.centre,
+            self.features.connected,
             self.features.num_tokens,
             images,
         ]
@@ -189,7 +250,9 @@ class Distillation(Stage):
         self, module: DistillationModule, batch: PackedBatch, totals: dict[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         model = module.model
-        embedded = model.embed(**model_inputs(batch, self.processor))[0]  # [T, D]
+        earlier = [model.embedding.layers[block - 1] for block in list(self.blocks)[:-1]]
+        with outputs_of(earlier) as outputs:
+            embedded = model.embed(**model_inputs(batch, self.processor))[0]  # [T, D]
         is_image = batch.input_ids[0] == model.config.image_token_id
         is_text = ~is_image
         is_text[batch.num_tokens :] = False
@@ -200,7 +263,17 @@ class Distillation(Stage):
         logged = {"text_cosine": -text.detach()}
         if batch.pixel_values is not None:
             target = self.features.get(batch.tile_keys, batch.pixel_values).flatten(0, 1)  # [N · P, C]
-            image = cosine_loss(module.head(embedded[is_image]), target)
+            one_each = sum(self.sizes) == target.shape[-1]
+            targets = target.split(self.sizes, dim=-1) if one_each else [target] * len(self.sizes)
+            heads = [*module.block_heads, module.head]
+            states = [*(output[0] for output in outputs), embedded]
+            parts = [
+                weight * cosine_loss(head(state[is_image]), wanted)
+                for weight, head, state, wanted in zip(
+                    self.blocks.values(), heads, states, targets, strict=True
+                )
+            ]
+            image = sum(parts[1:], parts[0]) / sum(self.blocks.values())
             loss = loss + self.options.image_weight * image / totals["image_cosine"]
             logged["image_cosine"] = -image.detach()
         return loss, logged
@@ -221,8 +294,9 @@ class Distillation(Stage):
             student += float(model.embed(**model_inputs(batch, processor))[0][is_text].norm(dim=-1).sum())
             teacher += float(table[batch.input_ids[0][is_text]].norm(dim=-1).sum())
         model.embedding.rescale_(teacher / student)
-        first = next(m for m in module.head.modules() if isinstance(m, nn.Linear))
-        first.weight.div_(teacher / student)  # so that the head gives what it gave
+        first = next((m for m in module.head.modules() if isinstance(m, nn.Linear)), None)
+        if first is not None:
+            first.weight.div_(teacher / student)  # so that the head gives what it gave
 
     def export(self, module: DistillationModule, processor: HovleProcessor, folder: Path) -> None:
         """The HoVLE alone; the head goes into a file beside it, for evaluation only."""
@@ -232,4 +306,20 @@ class Distillation(Stage):
         head = {
             f"head.{name}": tensor.cpu().contiguous() for name, tensor in module.head.state_dict().items()
         }
-        save_file({**head, "mean": self.features.mean.cpu()}, folder / HEAD_FILE)
+        mean = self.features.mean[-self.sizes[-1] :].cpu().contiguous()
+        save_file({**head, "mean": mean}, folder / HEAD_FILE)
+
+
+@contextmanager
+def outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """What modules give while in the context, in the order in which they run."""
+    outputs: list[Tensor] = []
+    handles = [
+        module.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+        for module in modules
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -31,12 +31,9 @@ class LanguageModeling(Stage):
     """Next-token prediction of the LLM alone. Reads `data.sources` (text, and conversations without pictures)."""
 
     name = "language_modeling"
+    reads = ("data.sources", "data.long_samples")
 
     def build(self) -> tuple[PreTrainedModel, HovleProcessor]:
-        if self.recipe.model.init_from is not None or self.recipe.model.embedding:
-            raise ValueError(
-                "model.init_from and model.embedding are a HoVLE's; this stage takes a model.backbone"
-            )
         tokenizer = build_tokenizer(self.recipe.model, self.registry)
         model = build_llm(self.recipe.model, self.registry, tokenizer)
         prepare_for_training(model, self.recipe.model)
