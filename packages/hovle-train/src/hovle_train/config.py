@@ -239,7 +239,16 @@ def load_recipe(
 
     Raises FileNotFoundError for no such file or name, ValueError naming every bad key with a suggestion.
     """
-    path = Path(recipe)
+    raw, path = read_recipe(recipe, registry)
+    return parse_recipe(apply_overrides(raw, overrides or []), source=str(path))
+
+
+def read_recipe(
+    recipe: str | Path, registry: Registry | None = None, folder: Path = Path()
+) -> tuple[dict[str, Any], Path]:
+    """The sections of a recipe or pipeline as they stand in its file, and the file: a path, which may count from
+    `folder`, or the name that a plugin gave it. Raises as `load_recipe` does for what is not there or no mapping."""
+    path = folder / recipe
     if not path.is_file():
         names = [spec.name for spec in registry.specs("recipe")] if registry else []
         if registry is None or str(recipe) not in names:
@@ -250,7 +259,7 @@ def load_recipe(
     raw = yaml.safe_load(path.read_text())
     if not isinstance(raw, dict):
         raise ValueError(f"recipe {path} must be a mapping of sections, got {type(raw).__name__}")
-    return parse_recipe(apply_overrides(raw, overrides or []), source=str(path))
+    return raw, path
 
 
 def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:

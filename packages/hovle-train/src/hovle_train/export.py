@@ -55,6 +55,7 @@ def summary(trainer: "Trainer") -> dict[str, Any]:
         "plugins": trainer.plugins.versions,
         "parent": parent_of(recipe),
         "parent_weights": trainer.parent_weights,
+        "data_manifest": trainer.data_manifest,
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "recipe": trainer.run_info.recipe,
     }

@@ -23,11 +23,21 @@ from hovle_train.config import Recipe
 from hovle_train.export import export_final
 from hovle_train.fill import Fill
 from hovle_train.freeze import freeze_except, set_train_mode
-from hovle_train.lineage import check_finished, check_parent, check_same, parent_of, plugins_of, weights_hash
+from hovle_train.lineage import (
+    DataManifest,
+    check_data,
+    check_finished,
+    check_parent,
+    check_same,
+    data_manifest,
+    parent_of,
+    plugins_of,
+    weights_hash,
+)
 from hovle_train.metrics import MetricsWriter, Window, truncate_metrics
 from hovle_train.optim import build_optimizers, lr_share, set_lr
 from hovle_train.parallel import sync_gradients
-from hovle_train.runs import METRICS_FILE, RECIPE_FILE, STATUS_FILE, Run, is_finished
+from hovle_train.runs import CHECKPOINTS, METRICS_FILE, RECIPE_FILE, STATUS_FILE, Run, is_finished
 from hovle_train.runtime import Runtime, resolve_precision
 from hovle_train.stages.base import Stage
 from hovle_train.weights import Weights
@@ -47,13 +57,14 @@ class Trainer:
         # Of earlier starts, once resumed: a run's cost is that of all of them.
         self.seconds, self.tokens, self.started = 0.0, 0, time.perf_counter()
         self.parent_weights: str | None = None  # known to rank 0, from `prepare` on
+        self.data_manifest: DataManifest = {}  # the same
         self.data_state: State = {}  # what waited in packing windows behind the checkpoint resumed from
         self.fill = Fill(recipe.train, runtime)
         self.stage: Stage = plugins.registry.build(
             "stage", recipe.stage.name, recipe=recipe, registry=plugins.registry
         )
         self.run_info = Run(recipe.path, recipe.stage.name, recipe.model_dump(mode="json"))
-        self.checkpoints = recipe.path / "checkpoints"
+        self.checkpoints = recipe.path / CHECKPOINTS
         self.dtype = resolve_precision(recipe.train.precision, runtime.device)
 
     def run(self) -> None:
@@ -90,11 +101,10 @@ class Trainer:
         window = Window()
         with loader.iterate(first, self.recipe.train.steps, self.data_state) as batches:
             for step, micro_batches, data_wait_s in batches:
+                tokens = sum(batch.num_tokens for batch in micro_batches)
                 logged = self.step(step, [batch.to(self.runtime.device) for batch in micro_batches])
-                self.tokens += sum(batch.num_tokens for batch in micro_batches)
-                window.add(
-                    data_wait_s=data_wait_s, tokens=sum(batch.num_tokens for batch in micro_batches), steps=1
-                )
+                self.tokens += tokens
+                window.add(data_wait_s=data_wait_s, tokens=tokens, steps=1)
                 window.add(samples=sum(len(batch.keys) for batch in micro_batches), **logged)
                 self.fill.add(micro_batches)
                 self.log(step, window, writer, ledger)
@@ -108,6 +118,7 @@ class Trainer:
             # Before it is read: a parent that changes meanwhile is then noticed.
             parent = parent_of(self.recipe)
             self.parent_weights = weights_hash(parent)
+            self.data_manifest = data_manifest(self.recipe, self.plugins.registry)
             for change in self.plugins.changed_since(plugins_of(parent)):
                 logger.warning("%s: %s", parent, change)
         torch.manual_seed(self.recipe.seed)
@@ -128,6 +139,7 @@ class Trainer:
             check_same(state["recipe"], self.recipe, f"checkpoint {found[-1]}")
             recorded = state.get("parent_weights")
             check_parent(recorded, self.parent_weights, self.recipe, f"checkpoint {found[-1]}")
+            check_data(state.get("data_manifest"), self.data_manifest, self.recipe, f"checkpoint {found[-1]}")
             checkpoint.load(found[-1], self.weights.masters, self.optimizers)
             self.weights.publish()
             for change in self.plugins.changed_since(state["plugins"]):
@@ -241,7 +253,10 @@ class Trainer:
                 "data": data,
                 "recipe": self.run_info.recipe,
                 "plugins": self.plugins.versions,
+                "commit": self.commit,
+                "parent": parent_of(self.recipe),
                 "parent_weights": self.parent_weights,
+                "data_manifest": self.data_manifest,
             }
             keep = self.recipe.train.keep_checkpoints
             path = checkpoint.save(self.checkpoints, step, self.weights.masters, self.optimizers, state, keep)

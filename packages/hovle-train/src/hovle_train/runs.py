@@ -8,8 +8,10 @@ from typing import Any
 from hovle_core.runs import FINAL, RECIPE_FILE, is_finished, resolve_checkpoint
 
 __all__ = [
+    "CHECKPOINTS",
     "FINAL",
     "METRICS_FILE",
+    "PIPELINE_FILE",
     "RECIPE_FILE",
     "RUN_CARD",
     "STATUS_FILE",
@@ -20,7 +22,10 @@ __all__ = [
     "resolve_checkpoint",
 ]
 
+CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
+# In the folder that holds the runs of a pipeline: the resolved pipeline.
+PIPELINE_FILE = "pipeline.yaml"
 SUMMARY_FILE = "summary.json"
 # The summary once more, inside the finished checkpoint: it goes wherever that goes.
 RUN_CARD = "hovle_run.json"

@@ -31,6 +31,7 @@ class LanguageModeling(Stage):
     """Next-token prediction of the LLM alone. Reads `data.sources` (text, and conversations without pictures)."""
 
     name = "language_modeling"
+    leaves_llm = True
 
     def build(self) -> tuple[PreTrainedModel, HovleProcessor]:
         if self.recipe.model.init_from is not None or self.recipe.model.embedding:
