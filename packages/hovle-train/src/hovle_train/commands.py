@@ -114,6 +114,7 @@ def train(recipe: Recipe, local: bool = False, console: Console | None = None) -
     from rich.console import Console
     from transformers.utils import logging
 
+    from hovle_train.language_gate import reconsider
     from hovle_train.lineage import check_finished
     from hovle_train.progress import follow
     from hovle_train.ray_trainer import run_local, run_on_ray
@@ -121,6 +122,7 @@ def train(recipe: Recipe, local: bool = False, console: Console | None = None) -
 
     console = console or Console(stderr=True)
     logging.disable_progress_bar()  # there is one bar, the run's
+    reconsider(recipe)
     if is_finished(recipe.path):
         check_finished(recipe)
         console.print(f"{recipe.stage.name}: finished already, in {recipe.path}", highlight=False)

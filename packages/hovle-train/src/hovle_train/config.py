@@ -196,6 +196,22 @@ class ResourcesConfig(Section):
         return self
 
 
+class LanguageConfig(Section):
+    """The language-preservation gate: perplexity on `texts` of what a stage starts from and of what it leaves.
+
+    `texts`: name -> source of plain text that is in no training set. A stage past a bound fails; without bounds the
+    perplexities are measured and noted.
+    """
+
+    texts: dict[str, Source] = Field(min_length=1)
+    num_texts: int = Field(200, ge=1)
+    # Of each text.
+    max_tokens: int = Field(512, ge=2)
+    # How much perplexity may grow: 0.1 is a tenth.
+    max_increase: float | None = Field(None, ge=0)
+    max_perplexity: float | None = Field(None, gt=1)
+
+
 class ObserversConfig(Section):
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "hovle"
@@ -211,6 +227,7 @@ class Recipe(Section):
     data: DataConfig = DataConfig()
     optim: OptimConfig
     train: TrainConfig
+    language: LanguageConfig | None = None
     resources: ResourcesConfig = ResourcesConfig()
     observers: ObserversConfig = ObserversConfig()
 

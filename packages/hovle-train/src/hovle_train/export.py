@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hovle_train.checkpoint import sync_folder
 from hovle_train.lineage import parent_of
 from hovle_train.metrics import read_metrics
-from hovle_train.runs import FINAL, METRICS_FILE, RUN_CARD, SUMMARY_FILE
+from hovle_train.runs import FINAL, METRICS_FILE, REJECTED, RUN_CARD, SUMMARY_FILE
 
 if TYPE_CHECKING:
     from hovle_train.loop import Trainer
@@ -62,7 +62,10 @@ def summary(trainer: "Trainer") -> dict[str, Any]:
 
 
 def export_final(trainer: "Trainer") -> None:
-    """Write `final/` and `summary.json` on rank 0, then drop the checkpoints that only resuming needed."""
+    """Write `final/` and `summary.json` on rank 0, then drop the checkpoints that only resuming needed.
+
+    Raises LanguageLost for a checkpoint that cost the model its language; it is then in `rejected/`.
+    """
     if not trainer.runtime.is_main:
         return
     folder = trainer.recipe.path
@@ -70,10 +73,17 @@ def export_final(trainer: "Trainer") -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     trainer.stage.export(trainer.module, trainer.processor, temporary)
-    card = summary(trainer)
+    language = trainer.gate.measure_after(temporary)
+    card = summary(trainer) | {"language": language}
     (temporary / RUN_CARD).write_text(json.dumps(card, indent=1))
-    write_json(folder / SUMMARY_FILE, card)
     sync_folder(temporary)
+    try:
+        trainer.gate.check(language)
+    except ValueError:
+        shutil.rmtree(folder / REJECTED, ignore_errors=True)
+        os.replace(temporary, folder / REJECTED)
+        raise
+    write_json(folder / SUMMARY_FILE, card)
     os.replace(temporary, folder / FINAL)
     shutil.rmtree(trainer.checkpoints, ignore_errors=True)
     trainer.plugins.manager.hook.hovle_on_checkpoint(

@@ -13,7 +13,7 @@ from hovle_train.config import Recipe, Source
 from hovle_train.runs import CHECKPOINTS, FINAL, RUN_CARD, is_finished, read_summary
 
 # What may change between starts of one run without changing what it computes.
-FREE_SECTIONS = ("resources", "observers", "run_dir")
+FREE_SECTIONS = ("resources", "observers", "run_dir", "language")
 FREE_FIELDS = (
     "train.log_every",
     "train.checkpoint_every",
@@ -165,7 +165,8 @@ def absolute(recipe: Recipe) -> Recipe:
     """The recipe with every path that exists here made absolute: workers have another working directory."""
     recipe = recipe.model_copy(deep=True)
     recipe.run_dir = str(recipe.path.resolve())
-    for source in sources_of(recipe).values():
+    texts = recipe.language.texts.values() if recipe.language else ()
+    for source in [*sources_of(recipe).values(), *texts]:
         source.path = _absolute_path(source.path)
         source.options = _absolute(source.options)
     model = recipe.model

@@ -23,6 +23,7 @@ from hovle_train.config import Recipe
 from hovle_train.export import export_final
 from hovle_train.fill import Fill
 from hovle_train.freeze import freeze_except, set_train_mode
+from hovle_train.language_gate import LanguageGate
 from hovle_train.lineage import (
     DataManifest,
     check_data,
@@ -60,6 +61,7 @@ class Trainer:
         self.data_manifest: DataManifest = {}  # the same
         self.data_state: State = {}  # what waited in packing windows behind the checkpoint resumed from
         self.fill = Fill(recipe.train, runtime)
+        self.gate = LanguageGate(recipe, plugins.registry, runtime)
         self.stage: Stage = plugins.registry.build(
             "stage", recipe.stage.name, recipe=recipe, registry=plugins.registry
         )
@@ -121,6 +123,7 @@ class Trainer:
             self.data_manifest = data_manifest(self.recipe, self.plugins.registry)
             for change in self.plugins.changed_since(plugins_of(parent)):
                 logger.warning("%s: %s", parent, change)
+            self.gate.measure_before(self.parent_weights)
         torch.manual_seed(self.recipe.seed)
         self.module, self.processor = self.stage.build()
         self.stage.processor = self.processor

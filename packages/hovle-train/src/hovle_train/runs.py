@@ -10,9 +10,11 @@ from hovle_core.runs import FINAL, RECIPE_FILE, is_finished, resolve_checkpoint
 __all__ = [
     "CHECKPOINTS",
     "FINAL",
+    "LANGUAGE_FILE",
     "METRICS_FILE",
     "PIPELINE_FILE",
     "RECIPE_FILE",
+    "REJECTED",
     "RUN_CARD",
     "STATUS_FILE",
     "SUMMARY_FILE",
@@ -23,6 +25,8 @@ __all__ = [
 ]
 
 CHECKPOINTS = "checkpoints"
+# Perplexity of what the stage started from, and where a checkpoint goes that it keeps from being `FINAL`.
+LANGUAGE_FILE, REJECTED = "language.json", "rejected"
 METRICS_FILE = "metrics.jsonl"
 # In the folder that holds the runs of a pipeline: the resolved pipeline.
 PIPELINE_FILE = "pipeline.yaml"
