@@ -1,4 +1,4 @@
-"""Train's plugin: the stages, `hovle train`, and W&B as an observer."""
+"""Train's plugin: the stages, `hovle train` and `runs`, and W&B as an observer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,8 +27,10 @@ def hovle_stages() -> list[Spec]:
 @hookimpl
 def hovle_commands(cli: Any) -> None:
     from hovle_train.commands import add_train_parser
+    from hovle_train.runs_command import add_runs_parser
 
     add_train_parser(cli)
+    add_runs_parser(cli)
 
 
 @hookimpl
