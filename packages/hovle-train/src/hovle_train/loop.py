@@ -40,6 +40,7 @@ from hovle_train.optim import build_optimizers, lr_share, set_lr
 from hovle_train.parallel import sync_gradients
 from hovle_train.runs import CHECKPOINTS, METRICS_FILE, RECIPE_FILE, STATUS_FILE, Run, is_finished
 from hovle_train.runtime import Runtime, resolve_precision
+from hovle_train.speed import Speed
 from hovle_train.stages.base import Stage
 from hovle_train.weights import Weights
 
@@ -68,6 +69,7 @@ class Trainer:
         self.run_info = Run(recipe.path, recipe.stage.name, recipe.model_dump(mode="json"))
         self.checkpoints = recipe.path / CHECKPOINTS
         self.dtype = resolve_precision(recipe.train.precision, runtime.device)
+        self.speed = Speed(runtime.device, self.dtype)
 
     def run(self) -> None:
         """Train to the last step and export; does nothing if the run is finished already.
@@ -104,7 +106,8 @@ class Trainer:
         with loader.iterate(first, self.recipe.train.steps, self.data_state) as batches:
             for step, micro_batches, data_wait_s in batches:
                 tokens = sum(batch.num_tokens for batch in micro_batches)
-                logged = self.step(step, [batch.to(self.runtime.device) for batch in micro_batches])
+                with self.speed.count_once(tokens):
+                    logged = self.step(step, [batch.to(self.runtime.device) for batch in micro_batches])
                 self.tokens += tokens
                 window.add(data_wait_s=data_wait_s, tokens=tokens, steps=1)
                 window.add(samples=sum(len(batch.keys) for batch in micro_batches), **logged)
@@ -236,6 +239,7 @@ class Trainer:
             "truncated": int(counted["truncated"]),
         }
         if writer is not None:
+            metrics |= self.speed.mfu(metrics["tokens_per_s"], self.runtime.world_size)
             writer.write(step, metrics)
             self.plugins.manager.hook.hovle_on_log(run=self.run_info, step=step, metrics=metrics)
         window.reset()
