@@ -143,7 +143,7 @@ def dry_run_pipeline(pipeline: Pipeline, recipes: Mapping[str, Recipe], plugins:
     """`dry_run` of every selected stage that can start now; of the others, what they wait for."""
     from rich.console import Console
 
-    from hovle_train.lineage import data_manifest, parent_of, sources_of
+    from hovle_train.lineage import data_manifest, open_source, parent_of, sources_of
 
     pipeline.check(recipes, plugins.registry)
     folders = {str(recipe.path): label for label, recipe in pipeline.recipes.items()}
@@ -152,7 +152,7 @@ def dry_run_pipeline(pipeline: Pipeline, recipes: Mapping[str, Recipe], plugins:
         if is_finished(recipe.path):
             said = f"finished already, in {recipe.path}"
         elif parent in folders and not is_finished(parent):
-            found = data_manifest(recipe, plugins.registry)
+            found = data_manifest(recipe, lambda source: open_source(source, plugins.registry))
             missing = [
                 f"{field} ({source.path})"
                 for field, source in sources_of(recipe).items()

@@ -4,6 +4,7 @@ what a run started from is still what it was."""
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,16 @@ def check_finished(recipe: Recipe, data: DataManifest | None = None) -> None:
 
 def check_run(recipe: Recipe, registry: Registry) -> None:
     """Raise ValueError if the recipe's folder holds a run, finished or not, that this recipe cannot go on with."""
+    found = complete_checkpoints(recipe.path / CHECKPOINTS)
+    if not found and not is_finished(recipe.path):
+        return
+    data = data_manifest(recipe, lambda source: open_source(source, registry))
     if is_finished(recipe.path):
-        check_finished(recipe, data_manifest(recipe, registry))
-    elif found := complete_checkpoints(recipe.path / CHECKPOINTS):
-        state, what = read_state(found[-1]), f"checkpoint {found[-1]}"
-        check_same(state["recipe"], recipe, what)
-        check_data(state.get("data_manifest"), data_manifest(recipe, registry), recipe, what)
+        check_finished(recipe, data)
+        return
+    state, what = read_state(found[-1]), f"checkpoint {found[-1]}"
+    check_same(state["recipe"], recipe, what)
+    check_data(state.get("data_manifest"), data, recipe, what)
 
 
 def sources_of(recipe: Recipe) -> dict[str, Source]:
@@ -74,7 +79,12 @@ def sources_of(recipe: Recipe) -> dict[str, Source]:
     return {f"data.{name}.{i}": source for name, sources in lists.items() for i, source in enumerate(sources)}
 
 
-def data_manifest(recipe: Recipe, registry: Registry) -> DataManifest:
+def open_source(source: Source, registry: Registry) -> Any:
+    """The data set that a source names. Raises what its plugin raises."""
+    return registry.build("dataset", source.name, path=source.path, **source.options)
+
+
+def data_manifest(recipe: Recipe, open: Callable[[Source], Any]) -> DataManifest:
     """What each source holds: its path, samples, and where it tells of them, shards and their SHA-256.
 
     A source that is not here (deleted to save space, not written yet) is left out. Tars without an index are hashed,
@@ -83,7 +93,7 @@ def data_manifest(recipe: Recipe, registry: Registry) -> DataManifest:
     manifest: DataManifest = {}
     for field, source in sources_of(recipe).items():
         try:
-            opened = registry.build("dataset", source.name, path=source.path, **source.options)
+            opened = open(source)
         except (ValueError, FileNotFoundError):
             continue  # whoever reads it says why
         told = opened.manifest() if hasattr(opened, "manifest") else {"samples": len(opened)}

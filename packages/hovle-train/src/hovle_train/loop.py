@@ -123,7 +123,7 @@ class Trainer:
             # Before it is read: a parent that changes meanwhile is then noticed.
             parent = parent_of(self.recipe)
             self.parent_weights = weights_hash(parent)
-            self.data_manifest = data_manifest(self.recipe, self.plugins.registry)
+            self.data_manifest = data_manifest(self.recipe, self.stage.open)
             for change in self.plugins.changed_since(plugins_of(parent)):
                 logger.warning("%s: %s", parent, change)
             self.gate.measure_before(self.parent_weights)

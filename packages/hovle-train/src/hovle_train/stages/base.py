@@ -22,6 +22,7 @@ from hovle_data.sections import Section, explain
 from hovle_data.streams import Stream
 from hovle_train.build import build_hovle
 from hovle_train.config import Recipe, Source
+from hovle_train.lineage import open_source
 from hovle_train.runtime import Runtime
 
 Progress = Callable[[str, int, int], None]
@@ -45,6 +46,7 @@ class Stage(ABC):
 
     def __init__(self, recipe: Recipe, registry: Registry):
         self.recipe, self.registry = recipe, registry
+        self._opened: dict[str, Any] = {}
         try:
             self.options: Any = self.Options.model_validate(recipe.stage.options)
         except ValidationError as error:
@@ -104,14 +106,15 @@ class Stage(ABC):
             raise ValueError(
                 f"data.{field} is empty, and stage {self.name!r} reads it: name at least one source"
             )
-        opened = [
-            (
-                self.registry.build("dataset", source.name, path=source.path, **source.options),
-                self._weight(source),
-            )
-            for source in sources
-        ]
+        opened = [(self.open(source), self._weight(source)) for source in sources]
         return Mixture(opened, seed=self.recipe.seed)
+
+    def open(self, source: Source) -> Any:
+        """The data set of a source, opened once: a stage draws from several mixtures of the same ones."""
+        key = source.model_dump_json(exclude={"weight"})
+        if key not in self._opened:
+            self._opened[key] = open_source(source, self.registry)
+        return self._opened[key]
 
     def _weight(self, source: Source) -> Weight:
         """A recipe counts a curriculum in shares of the run, a mixture in positions."""
