@@ -16,7 +16,7 @@ OLDEST := .venv-oldest
 MEMBERS := \
 	packages/hovle-core[fast-images,gguf,peft,quantization,sentencepiece] \
 	packages/hovle-data[s3,parquet,datasets] \
-	packages/hovle-train \
+	packages/hovle-train[plot,submit] \
 	packages/hovle-serve \
 	plugins/hovle-teacher-timm[lite0] \
 	plugins/hovle-tensorboard \

@@ -20,25 +20,31 @@ def plugins():
 
 
 def test_recipes_get_the_demos_folders_and_overrides(plugins):
-    recipe = run.demo_recipe(
-        "distillation", Path("/x/out"), Path("/x/llm"), ["distillation.train.steps=70"], plugins
-    )
+    def distillation(llm, overrides):
+        return run.demo_pipeline(llm, Path("/x/out"), overrides, plugins.registry).recipes["distillation"]
+
+    recipe = distillation("smollm2", ["distillation.train.steps=70"])
     assert recipe.run_dir == "/x/out/distillation"
     assert recipe.train.steps == 70
-    assert recipe.model.backbone.options["path"] == "/x/llm"
+    assert recipe.model.backbone.options["path"] == "/x/out/prepared/smollm2"
     assert recipe.data.images[0].path == "/x/out/prepared/shards/images"
-    small = run.demo_recipe("distillation", Path("/x/out"), None, ["alignment.train.steps=70"], plugins)
+    small = distillation("small", ["alignment.train.steps=70"])
     assert small.model.backbone.options["path"] == "/x/out/language_modeling"
     assert small.train.steps != 70
     with pytest.raises(ValueError, match="must start with one of"):
-        run.demo_recipe("distillation", Path("x"), None, ["train.steps=7"], plugins)
+        distillation("small", ["train.steps=7"])
 
 
-@pytest.mark.parametrize("name", ["a #b", "a: b", "'quoted"])
-def test_any_folder_name_is_kept(name, plugins):
-    recipe = run.demo_recipe("alignment", Path("/x") / name, None, [], plugins)
-    assert recipe.run_dir == f"/x/{name}/alignment"
-    assert all(source.path.startswith(f"/x/{name}/prepared/shards/") for source in recipe.data.sources)
+@pytest.mark.parametrize("llm", run.PIPELINES)
+@pytest.mark.parametrize("out", ["/x/a #b", "/x/a: b", "/x/'quoted", "runs/demo/runs/demo"])
+def test_any_folder_name_is_kept(out, llm, plugins):
+    recipes = run.demo_pipeline(llm, Path(out), [], plugins.registry).recipes
+    assert recipes["alignment"].run_dir == f"{out}/alignment"
+    assert recipes["alignment"].model.init_from == f"{out}/distillation"
+    for recipe in recipes.values():
+        data = recipe.data
+        paths = [source.path for source in (*data.sources, *data.images, *data.texts)]
+        assert all(path.startswith(f"{out}/prepared/shards/") for path in paths)
 
 
 def test_a_mistake_in_an_override_is_found_before_any_work(tmp_path, capsys):
@@ -46,12 +52,6 @@ def test_a_mistake_in_an_override_is_found_before_any_work(tmp_path, capsys):
     assert main(["demo", "--out", str(out), "--set", "instruction_tuning.optim.lrr=1"]) == 2
     assert "lr" in capsys.readouterr().err
     assert not (out / "prepared").exists()
-
-
-def test_every_llm_has_valid_recipes(plugins):
-    for overrides in run.LLM_OVERRIDES.values():
-        for stage in run.STAGES:
-            run.demo_recipe(stage, Path("runs/demo"), None, overrides, plugins)
 
 
 def test_the_clock_counts_interrupted_work_and_not_what_is_done(tmp_path, monkeypatch):

@@ -1,27 +1,30 @@
-"""`hovle train`: check a recipe, say what it would do, or do it."""
+"""`hovle train`: check a recipe or a pipeline, say what it would do, or do it."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-from hovle_train.runs import is_finished, read_summary
+from hovle_train.runs import CHECKPOINTS, PIPELINE_FILE, is_finished, read_summary
 
 if TYPE_CHECKING:  # `hovle --help` builds the parsers: what is heavy is imported when a command runs
     from rich.console import Console
 
     from hovle_core.plugins import HovlePlugins
+    from hovle_core.registry import Registry
     from hovle_train.config import Recipe
+    from hovle_train.pipeline import Pipeline
 
 
 def add_train_parser(cli: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `hovle train` to the sub-parsers."""
-    parser = cli.add_parser("train", help="run one stage of training from a recipe")
-    parser.add_argument("recipe", help="a YAML file, or the name of a recipe that a plugin offers")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                        help="override a field, such as optim.lr=3e-4 (may be repeated)")  # fmt: skip
-    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+    parser = cli.add_parser("train", help="run one stage of training from a recipe, or a pipeline of stages")
+    add_recipe_arguments(parser)
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved recipe or pipeline and stop"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check data and model, print the plan, and stop"
     )
@@ -29,22 +32,81 @@ def add_train_parser(cli: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(run=run_train)
 
 
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says which stages to run, and how: also for those who send them elsewhere."""
+    parser.add_argument(
+        "recipe", help="a YAML file of a recipe or a pipeline, or the name that a plugin gave it"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="override a field, such as optim.lr=3e-4, of a pipeline distillation.optim.lr=3e-4 "
+                        "(may be repeated)")  # fmt: skip
+    parser.add_argument("--from", metavar="STAGE", dest="first", help="a pipeline's first stage to run")
+    parser.add_argument("--until", metavar="STAGE", dest="last", help="a pipeline's last stage to run")
+
+
 def run_train(args: argparse.Namespace) -> int:
-    from hovle_train.config import load_recipe
+    from hovle_train.lineage import check_run
+    from hovle_train.pipeline import Pipeline
 
     plugins: HovlePlugins = args.plugins
-    recipe = load_recipe(args.recipe, args.overrides, plugins.registry)
-    plugins.registry.get("stage", recipe.stage.name)
-    if args.print_config:
-        # Its options, and what it does not read, are errors here already.
+    job = load(args, plugins.registry)
+    recipes = job.select(args.first, args.last) if isinstance(job, Pipeline) else {job.stage.name: job}
+    for recipe in recipes.values():
+        # A stage's options, and what it does not read, are errors here already.
         plugins.registry.build("stage", recipe.stage.name, recipe=recipe, registry=plugins.registry)
-        print(recipe.to_yaml(), end="")
-        return 0
-    if args.dry_run:
-        dry_run(recipe, plugins)
-        return 0
-    train(recipe, local=args.local)
+    if args.print_config:
+        print(job.to_yaml(), end="")
+    elif isinstance(job, Pipeline):
+        if args.dry_run:
+            dry_run_pipeline(job, recipes, plugins)
+        else:
+            train_pipeline(job, recipes, plugins.registry, local=args.local)
+    elif args.dry_run:
+        dry_run(job, plugins)
+    else:
+        check_run(job, plugins.registry)
+        train(job, local=args.local)
     return 0
+
+
+def load(args: argparse.Namespace, registry: Registry) -> Recipe | Pipeline:
+    """What the command line names. Raises ValueError for `--from` and `--until` of a single recipe."""
+    from hovle_train.config import load_recipe, read_recipe
+    from hovle_train.pipeline import is_pipeline, parse_pipeline
+
+    raw, path = read_recipe(args.recipe, registry)
+    if is_pipeline(raw):
+        return parse_pipeline(raw, args.overrides, registry, path)
+    if args.first is not None or args.last is not None:
+        raise ValueError(
+            f"--from and --until choose stages of a pipeline, and {args.recipe} is one stage's recipe"
+        )
+    return load_recipe(args.recipe, args.overrides, registry)
+
+
+def _no_phase(label: str) -> AbstractContextManager[None]:
+    """Nobody measures the stages."""
+    return nullcontext()
+
+
+def train_pipeline(
+    pipeline: Pipeline,
+    recipes: Mapping[str, Recipe],
+    registry: Registry,
+    local: bool = False,
+    console: Console | None = None,
+    phase: Callable[[str], AbstractContextManager[None]] = _no_phase,
+) -> None:
+    """Run the selected stages of a pipeline in order, each as `train` does, inside `phase(label)`.
+
+    A finished stage is not run again. Raises ValueError before the first one runs for what could not go on.
+    """
+    pipeline.check(recipes, registry)
+    pipeline.run_dir.mkdir(parents=True, exist_ok=True)
+    (pipeline.run_dir / PIPELINE_FILE).write_text(pipeline.to_yaml())
+    for label, recipe in recipes.items():
+        with phase(label):
+            train(recipe, local=local, console=console)
 
 
 def train(recipe: Recipe, local: bool = False, console: Console | None = None) -> None:
@@ -57,6 +119,7 @@ def train(recipe: Recipe, local: bool = False, console: Console | None = None) -
     from transformers.utils import logging
 
     from hovle_train.failure import Stopped
+    from hovle_train.language_gate import reconsider
     from hovle_train.lineage import check_finished
     from hovle_train.progress import follow
     from hovle_train.ray_trainer import run_local, run_on_ray
@@ -64,6 +127,7 @@ def train(recipe: Recipe, local: bool = False, console: Console | None = None) -
 
     console = console or Console(stderr=True)
     logging.disable_progress_bar()  # there is one bar, the run's
+    reconsider(recipe)
     if is_finished(recipe.path):
         check_finished(recipe)
         console.print(f"{recipe.stage.name}: finished already, in {recipe.path}", highlight=False)
@@ -82,6 +146,33 @@ def train(recipe: Recipe, local: bool = False, console: Console | None = None) -
     console.print(
         f"{recipe.stage.name}: {summary['seconds']:.0f} s  {numbers}", highlight=False, soft_wrap=True
     )
+
+
+def dry_run_pipeline(pipeline: Pipeline, recipes: Mapping[str, Recipe], plugins: HovlePlugins) -> None:
+    """`dry_run` of every selected stage that can start now; of the others, what they wait for."""
+    from rich.console import Console
+
+    from hovle_train.lineage import data_manifest, open_source, parent_of, sources_of
+
+    pipeline.check(recipes, plugins.registry)
+    folders = {str(recipe.path): label for label, recipe in pipeline.recipes.items()}
+    for label, recipe in recipes.items():
+        parent = parent_of(recipe) or ""
+        if is_finished(recipe.path):
+            said = f"finished already, in {recipe.path}"
+        elif parent in folders and not is_finished(parent):
+            found = data_manifest(recipe, lambda source: open_source(source, plugins.registry))
+            missing = [
+                f"{field} ({source.path})"
+                for field, source in sources_of(recipe).items()
+                if field not in found
+            ]
+            said = f"{recipe.train.steps:,} steps, once {folders[parent]} has finished"
+            said += f"; no data yet in {', '.join(missing)}" if missing else "; its data are there"
+        else:
+            dry_run(recipe, plugins)
+            continue
+        Console().print(f"{label}: {said}", highlight=False, soft_wrap=True)
 
 
 def dry_run(recipe: Recipe, plugins: HovlePlugins) -> None:
@@ -122,5 +213,5 @@ def dry_run(recipe: Recipe, plugins: HovlePlugins) -> None:
         "optimizer state",
         f"about {trainable * 8 / 2**30:.2f} GiB beside {total * 4 / 2**30:.2f} GiB of weights",
     )
-    table.add_row("would resume", "yes" if (Path(recipe.run_dir) / "checkpoints").is_dir() else "no")
+    table.add_row("would resume", "yes" if (recipe.path / CHECKPOINTS).is_dir() else "no")
     Console().print(table)

@@ -281,6 +281,22 @@ class ParallelConfig(Section):
         return self
 
 
+class LanguageConfig(Section):
+    """The language-preservation gate: perplexity on `texts` of what a stage starts from and of what it leaves.
+
+    `texts`: name -> source of plain text that is in no training set. A stage past a bound fails; without bounds the
+    perplexities are measured and noted.
+    """
+
+    texts: dict[str, Source] = Field(min_length=1)
+    num_texts: int = Field(200, ge=1)
+    # Of each text.
+    max_tokens: int = Field(512, ge=2)
+    # How much perplexity may grow: 0.1 is a tenth.
+    max_increase: float | None = Field(None, ge=0)
+    max_perplexity: float | None = Field(None, gt=1)
+
+
 class ObserversConfig(Section):
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "hovle"
@@ -296,6 +312,7 @@ class Recipe(Section):
     data: DataConfig = DataConfig()
     optim: OptimConfig
     train: TrainConfig
+    language: LanguageConfig | None = None
     resources: ResourcesConfig = ResourcesConfig()
     parallel: ParallelConfig = ParallelConfig()
     observers: ObserversConfig = ObserversConfig()
@@ -381,7 +398,16 @@ def load_recipe(
 
     Raises FileNotFoundError for no such file or name, ValueError naming every bad key with a suggestion.
     """
-    path = Path(recipe)
+    raw, path = read_recipe(recipe, registry)
+    return parse_recipe(apply_overrides(raw, overrides or []), source=str(path))
+
+
+def read_recipe(
+    recipe: str | Path, registry: Registry | None = None, folder: Path = Path()
+) -> tuple[dict[str, Any], Path]:
+    """The sections of a recipe or pipeline as they stand in its file, and the file: a path, which may count from
+    `folder`, or the name that a plugin gave it. Raises as `load_recipe` does for what is not there or no mapping."""
+    path = folder / recipe
     if not path.is_file():
         names = [spec.name for spec in registry.specs("recipe")] if registry else []
         if registry is None or str(recipe) not in names:
@@ -392,7 +418,7 @@ def load_recipe(
     raw = read_yaml(path.read_text())
     if not isinstance(raw, dict):
         raise ValueError(f"recipe {path} must be a mapping of sections, got {type(raw).__name__}")
-    return parse_recipe(apply_overrides(raw, overrides or []), source=str(path))
+    return raw, path
 
 
 def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from hovle_train.average import write_averages
 from hovle_train.checkpoint import sync_folder
 from hovle_train.lineage import parent_of
 from hovle_train.metrics import read_metrics
-from hovle_train.runs import FINAL, FINAL_EMA, METRICS_FILE, RUN_CARD, SUMMARY_FILE
+from hovle_train.runs import FINAL, FINAL_EMA, METRICS_FILE, REJECTED, RUN_CARD, SUMMARY_FILE
 
 if TYPE_CHECKING:
     from hovle_train.loop import Trainer
@@ -59,6 +59,7 @@ def summary(trainer: "Trainer") -> dict[str, Any]:
         "plugins": trainer.plugins.versions,
         "parent": parent_of(recipe),
         "parent_weights": trainer.parent_weights,
+        "data_manifest": trainer.data_manifest,
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "recipe": trainer.run_info.recipe,
     }
@@ -66,7 +67,10 @@ def summary(trainer: "Trainer") -> dict[str, Any]:
 
 def export_final(trainer: "Trainer") -> None:
     """Write `final/`, an average beside it where asked, and `summary.json`, on rank 0; then drop the checkpoints that
-    only resuming needed."""
+    only resuming needed.
+
+    Raises LanguageLost for a checkpoint that cost the model its language; it is then in `rejected/`.
+    """
     if not trainer.runtime.is_main:
         return
     folder, ema = trainer.recipe.path, trainer.recipe.optim.ema
@@ -78,6 +82,12 @@ def export_final(trainer: "Trainer") -> None:
             _write(trainer, averaged, folder / FINAL_EMA)
     temporary = folder / f".{FINAL}-{os.getpid()}"
     card = _write(trainer, trainer.module, temporary)
+    try:
+        trainer.gate.check(card["language"])
+    except ValueError:
+        shutil.rmtree(folder / REJECTED, ignore_errors=True)
+        os.replace(temporary, folder / REJECTED)
+        raise
     write_json(folder / SUMMARY_FILE, card)
     os.replace(temporary, folder / FINAL)
     shutil.rmtree(trainer.checkpoints, ignore_errors=True)
@@ -91,7 +101,7 @@ def _write(trainer: "Trainer", module: nn.Module, folder: Path) -> dict[str, Any
     folder.mkdir(parents=True)
     try:
         trainer.stage.export(module, trainer.processor, folder)
-        card = summary(trainer)
+        card = summary(trainer) | {"language": trainer.gate.measure_after(folder)}
         (folder / RUN_CARD).write_text(json.dumps(card, indent=1))
         sync_folder(folder)
     except BaseException:  # a full disk: give back what was taken

@@ -4,14 +4,17 @@ what a run started from is still what it was."""
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hovle_train.config import Recipe
-from hovle_train.runs import FINAL, RUN_CARD, is_finished, read_summary
+from hovle_core.registry import Registry
+from hovle_train.checkpoint import complete_checkpoints, read_state
+from hovle_train.config import Recipe, Source
+from hovle_train.runs import CHECKPOINTS, FINAL, RUN_CARD, is_finished, read_summary
 
 # What may change between starts of one run without changing what it computes.
-FREE_SECTIONS = ("resources", "observers", "run_dir")
+FREE_SECTIONS = ("resources", "observers", "run_dir", "language")
 FREE_FIELDS = (
     "train.log_every",
     "train.checkpoint_every",
@@ -24,6 +27,8 @@ FREE_FIELDS = (
     "parallel.reshard_after_forward",
     "parallel.compile",
 )
+
+DataManifest = dict[str, dict[str, Any]]
 
 
 def differences(saved: dict[str, Any], recipe: Recipe) -> list[str]:
@@ -48,11 +53,71 @@ def check_same(saved: dict[str, Any], recipe: Recipe, what: str) -> None:
         )
 
 
-def check_finished(recipe: Recipe) -> None:
-    """Raise ValueError unless the finished run in the recipe's folder is of this recipe and of its parent as it is."""
+def check_finished(recipe: Recipe, data: DataManifest | None = None) -> None:
+    """Raise ValueError unless the finished run in the recipe's folder is of this recipe, of its parent as it is, and
+    of these `data`."""
     card, what = read_summary(recipe.path), f"finished run {recipe.path}"
     check_same(card["recipe"], recipe, what)
     check_parent(card.get("parent_weights"), weights_hash(parent_of(recipe)), recipe, what)
+    check_data(card.get("data_manifest"), data, recipe, what)
+
+
+def check_run(recipe: Recipe, registry: Registry) -> None:
+    """Raise ValueError if the recipe's folder holds a run, finished or not, that this recipe cannot go on with."""
+    found = complete_checkpoints(recipe.path / CHECKPOINTS)
+    if not found and not is_finished(recipe.path):
+        return
+    data = data_manifest(recipe, lambda source: open_source(source, registry))
+    if is_finished(recipe.path):
+        check_finished(recipe, data)
+        return
+    state, what = read_state(found[-1]), f"checkpoint {found[-1]}"
+    check_same(state["recipe"], recipe, what)
+    check_data(state.get("data_manifest"), data, recipe, what)
+
+
+def sources_of(recipe: Recipe) -> dict[str, Source]:
+    """Every source of a recipe by its field: `data.images.0`."""
+    data = recipe.data
+    lists = {"sources": data.sources, "images": data.images, "texts": data.texts}
+    return {f"data.{name}.{i}": source for name, sources in lists.items() for i, source in enumerate(sources)}
+
+
+def open_source(source: Source, registry: Registry) -> Any:
+    """The data set that a source names. Raises what its plugin raises."""
+    return registry.build("dataset", source.name, path=source.path, **source.options)
+
+
+def data_manifest(recipe: Recipe, open: Callable[[Source], Any]) -> DataManifest:
+    """What each source holds: its path, samples, and where it tells of them, shards and their SHA-256.
+
+    A source that is not here (deleted to save space, not written yet) is left out. Tars without an index are hashed,
+    which reads them.
+    """
+    manifest: DataManifest = {}
+    for field, source in sources_of(recipe).items():
+        try:
+            opened = open(source)
+        except (ValueError, FileNotFoundError):
+            continue  # whoever reads it says why
+        told = opened.manifest() if hasattr(opened, "manifest") else {"samples": len(opened)}
+        manifest[field] = {"path": source.path, **told}
+    return manifest
+
+
+def check_data(recorded: DataManifest | None, now: DataManifest | None, recipe: Recipe, what: str) -> None:
+    """Raise ValueError naming a source that holds other samples than when `what` was made from it.
+
+    Nothing is said of what one of the two does not know.
+    """
+    for field, before in (recorded or {}).items():
+        found = (now or {}).get(field, before)
+        changed = [key for key in ("samples", "sha256") if found.get(key) != before.get(key)]
+        if changed:
+            raise ValueError(
+                f"{what} was made from other data: {field} ({found['path']}) had {before['samples']:,} samples, now "
+                f"{found['samples']:,}, and its content differs. Restore it, or delete {recipe.run_dir} to train again"
+            )
 
 
 def parent_of(recipe: Recipe) -> str | None:
@@ -114,7 +179,8 @@ def absolute(recipe: Recipe) -> Recipe:
     """The recipe with every path that exists here made absolute: workers have another working directory."""
     recipe = recipe.model_copy(deep=True)
     recipe.run_dir = str(recipe.path.resolve())
-    for source in [*recipe.data.sources, *recipe.data.images, *recipe.data.texts]:
+    texts = recipe.language.texts.values() if recipe.language else ()
+    for source in [*sources_of(recipe).values(), *texts]:
         source.path = _absolute_path(source.path)
         source.options = _absolute(source.options)
     storage = recipe.train.storage_path

@@ -28,13 +28,25 @@ from hovle_train.export import export_final
 from hovle_train.failure import STACKS, Stopped, Watchdog, asked_to_stop, check_finite, clear_disk_errors
 from hovle_train.fill import Fill
 from hovle_train.freeze import freeze_except, set_train_mode
-from hovle_train.lineage import check_finished, check_parent, check_same, parent_of, plugins_of, weights_hash
+from hovle_train.language_gate import LanguageGate
+from hovle_train.lineage import (
+    DataManifest,
+    check_data,
+    check_finished,
+    check_parent,
+    check_same,
+    data_manifest,
+    parent_of,
+    plugins_of,
+    weights_hash,
+)
 from hovle_train.metrics import MetricsWriter, Window, truncate_metrics
 from hovle_train.optim import build_optimizers, lr_share, set_lr
 from hovle_train.parallel import Parallel, make_parallel
-from hovle_train.runs import METRICS_FILE, RECIPE_FILE, STATUS_FILE, Run, is_finished
+from hovle_train.runs import CHECKPOINTS, METRICS_FILE, RECIPE_FILE, STATUS_FILE, Run, is_finished
 from hovle_train.runtime import Runtime, resolve_precision
 from hovle_train.sharded import whole
+from hovle_train.speed import Speed
 from hovle_train.stages.base import Stage
 from hovle_train.storage import RemoteRun
 
@@ -53,17 +65,20 @@ class Trainer:
         # Of earlier starts, once resumed: a run's cost is that of all of them.
         self.seconds, self.tokens, self.started = 0.0, 0, time.perf_counter()
         self.parent_weights: str | None = None  # known to rank 0, from `prepare` on
+        self.data_manifest: DataManifest = {}  # the same
         self.data_state: State = {}  # what waited in packing windows behind the checkpoint resumed from
         self.fill = Fill(recipe.train, runtime)
         self.stopping = False
         self.balance: Balance | None = None
         self.remote = RemoteRun(recipe.train.storage_path) if recipe.train.storage_path else None
+        self.gate = LanguageGate(recipe, plugins.registry, runtime)
         self.stage: Stage = plugins.registry.build(
             "stage", recipe.stage.name, recipe=recipe, registry=plugins.registry
         )
         self.run_info = Run(recipe.path, recipe.stage.name, recipe.model_dump(mode="json"))
-        self.checkpoints = recipe.path / "checkpoints"
+        self.checkpoints = recipe.path / CHECKPOINTS
         self.dtype = resolve_precision(recipe.train.precision, runtime.device)
+        self.speed = Speed(runtime.device, self.dtype)
 
     def run(self) -> None:
         """Train to the last step and export; does nothing if the run is finished already.
@@ -112,11 +127,11 @@ class Trainer:
             loader.iterate(first, self.recipe.train.steps, self.data_state) as batches,
         ):
             for step, micro_batches, data_wait_s in batches:
-                logged = self.step(step, [self.place(batch) for batch in micro_batches])
-                self.tokens += sum(batch.num_tokens for batch in micro_batches)
-                window.add(
-                    data_wait_s=data_wait_s, tokens=sum(batch.num_tokens for batch in micro_batches), steps=1
-                )
+                tokens = sum(batch.num_tokens for batch in micro_batches)
+                with self.speed.count_once(tokens):
+                    logged = self.step(step, [self.place(batch) for batch in micro_batches])
+                self.tokens += tokens
+                window.add(data_wait_s=data_wait_s, tokens=tokens, steps=1)
                 window.add(samples=sum(len(batch.keys) for batch in micro_batches), **logged)
                 self.fill.add(micro_batches)
                 self.log(step, window, writer, ledger)
@@ -132,8 +147,10 @@ class Trainer:
             # Before it is read: a parent that changes meanwhile is then noticed.
             parent = parent_of(self.recipe)
             self.parent_weights = weights_hash(parent)
+            self.data_manifest = data_manifest(self.recipe, self.stage.open)
             for change in self.plugins.changed_since(plugins_of(parent)):
                 logger.warning("%s: %s", parent, change)
+            self.gate.measure_before(self.parent_weights)
         torch.manual_seed(self.recipe.seed)
         self.module, self.processor = self.stage.build()
         self.stage.processor = self.processor
@@ -169,6 +186,7 @@ class Trainer:
             check_same(state["recipe"], self.recipe, f"checkpoint {found}")
             recorded = state.get("parent_weights")
             check_parent(recorded, self.parent_weights, self.recipe, f"checkpoint {found}")
+            check_data(state.get("data_manifest"), self.data_manifest, self.recipe, f"checkpoint {found}")
             checkpoint.load(found, self.weights.masters, self.remembering)
             self.weights.publish()
             for change in self.plugins.changed_since(state["plugins"]):
@@ -284,6 +302,7 @@ class Trainer:
             "truncated": int(counted["truncated"]),
         }
         if writer is not None:
+            metrics |= self.speed.mfu(metrics["tokens_per_s"], self.runtime.world_size)
             writer.write(step, metrics)
             self.plugins.manager.hook.hovle_on_log(run=self.run_info, step=step, metrics=metrics)
         window.reset()
@@ -307,7 +326,10 @@ class Trainer:
                 "data": data,
                 "recipe": self.run_info.recipe,
                 "plugins": self.plugins.versions,
+                "commit": self.commit,
+                "parent": parent_of(self.recipe),
                 "parent_weights": self.parent_weights,
+                "data_manifest": self.data_manifest,
             }
             keep = self.recipe.train.keep_checkpoints
             path = checkpoint.save(self.checkpoints, step, tensors, state, keep)

@@ -1,4 +1,4 @@
-"""Train's plugin: the stages, `hovle train`, and W&B as an observer."""
+"""Train's plugin: the stages, `hovle train`, `runs` and `submit`, and W&B as an observer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,8 +27,12 @@ def hovle_stages() -> list[Spec]:
 @hookimpl
 def hovle_commands(cli: Any) -> None:
     from hovle_train.commands import add_train_parser
+    from hovle_train.runs_command import add_runs_parser
+    from hovle_train.submit import add_submit_parser
 
     add_train_parser(cli)
+    add_runs_parser(cli)
+    add_submit_parser(cli)
 
 
 @hookimpl

@@ -2,9 +2,10 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -68,10 +69,19 @@ def status(run_dir: Path) -> tuple[int, str]:
     """(steps done, a few words on how it goes) of a run, from its files."""
     records = read_metrics(run_dir / METRICS_FILE)
     if records:
-        last = records[-1]
-        shown = [
-            f"{name} {last[name]:.3f}" for name in ("loss", "image_cosine", "text_cosine") if last.get(name)
-        ]
-        return last["step"] + 1, "  ".join([*shown, f"{last['tokens_per_s']:,.0f} tokens/s"])
+        return records[-1]["step"] + 1, describe(records[-1])
     text = run_dir / STATUS_FILE
     return 0, text.read_text() if text.is_file() else "starting workers"
+
+
+def describe(metrics: Mapping[str, Any]) -> str:
+    """A logged step in words: how well it learns, how fast, and where time is lost."""
+    words = [
+        f"{name} {metrics[name]:.3f}" for name in ("loss", "image_cosine", "text_cosine") if metrics.get(name)
+    ]
+    words.append(f"{metrics['tokens_per_s']:,.0f} tokens/s")
+    shares = {"mfu": "MFU", "data_wait_share": "data wait", "fill": "fill"}
+    words += [f"{said} {metrics[name]:.0%}" for name, said in shares.items() if metrics.get(name) is not None]
+    if (imbalance := metrics.get("imbalance")) and imbalance > 1.005:  # of several ranks
+        words.append(f"imbalance {imbalance:.2f}")
+    return "  ".join(words)

@@ -8,10 +8,14 @@ from typing import Any
 from hovle_core.runs import FINAL, RECIPE_FILE, is_finished, resolve_checkpoint
 
 __all__ = [
+    "CHECKPOINTS",
     "FINAL",
     "FINAL_EMA",
+    "LANGUAGE_FILE",
     "METRICS_FILE",
+    "PIPELINE_FILE",
     "RECIPE_FILE",
+    "REJECTED",
     "RUN_CARD",
     "STATUS_FILE",
     "SUMMARY_FILE",
@@ -21,7 +25,12 @@ __all__ = [
     "resolve_checkpoint",
 ]
 
+CHECKPOINTS = "checkpoints"
+# Perplexity of what the stage started from, and where a checkpoint goes that it keeps from being `FINAL`.
+LANGUAGE_FILE, REJECTED = "language.json", "rejected"
 METRICS_FILE = "metrics.jsonl"
+# In the folder that holds the runs of a pipeline: the resolved pipeline.
+PIPELINE_FILE = "pipeline.yaml"
 SUMMARY_FILE = "summary.json"
 # The average of the weights, where a recipe wants it beside them.
 FINAL_EMA = "final_ema"

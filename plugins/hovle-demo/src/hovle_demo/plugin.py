@@ -27,6 +27,8 @@ def hovle_backbones() -> list[Spec]:
 @hookimpl
 def hovle_recipes() -> list[Spec]:
     return [
+        Spec("demo/pipeline", "hovle_demo:recipes/pipeline.yaml", summary="all stages, with the small LLM"),
+        Spec("demo/pipeline_smollm2", "hovle_demo:recipes/pipeline_smollm2.yaml", summary="and with SmolLM2"),
         Spec(
             "demo/language_modeling",
             "hovle_demo:recipes/language_modeling.yaml",

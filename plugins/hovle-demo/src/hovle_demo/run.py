@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,42 +13,24 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hovle_core.plugins import HovlePlugins
+from hovle_core.registry import Registry
 from hovle_demo.evaluate import Evaluation, evaluate
 from hovle_demo.meters import Clock, Memory, machine
 from hovle_demo.prepare import Progress as Report
 from hovle_demo.prepare import prepare
 from hovle_demo.report import Row, results_table, write_report
-from hovle_train.commands import train
-from hovle_train.config import Recipe, load_recipe
+from hovle_train.commands import train_pipeline
+from hovle_train.config import Recipe
 from hovle_train.export import git_commit, write_json
+from hovle_train.lineage import parent_of
 from hovle_train.metrics import read_metrics
-from hovle_train.runs import METRICS_FILE, is_finished, read_summary
+from hovle_train.pipeline import Pipeline, load_pipeline
+from hovle_train.runs import METRICS_FILE, is_finished, read_summary, resolve_checkpoint
 from hovle_train.runtime import has_fast_bfloat16
 
 STAGES = ("language_modeling", "distillation", "alignment", "instruction_tuning")
 SEED = 0
-# A pre-trained LLM of 30 layers is slow here and must not forget: fewer and smaller steps, its own weights gently.
-LLM_OVERRIDES: dict[str, tuple[str, ...]] = {
-    "small": (),
-    "smollm2": (
-        "distillation.optim.lr=2e-3",
-        "distillation.train.steps=160",
-        "alignment.optim.lr=1e-3",
-        "alignment.train.global_batch_size=32",
-        # It was taught no easy-VQA in words: chats about it would have the embedding bend words until it answers.
-        "alignment.data.sources=[{path: runs/demo/prepared/shards/captions, weight: 16}, "
-        "{path: runs/demo/prepared/shards/captions_flags, weight: 0.25}, "
-        "{path: runs/demo/prepared/shards/text, weight: 0.5}, {path: runs/demo/prepared/shards/chat_text, weight: 3}]",
-        "instruction_tuning.optim.name=adamw",
-        "instruction_tuning.optim.lr=1e-3",
-        "instruction_tuning.optim.lr_factors={language_model.*: 0.1, embedding.embed_tokens.*: 0.02, "
-        "embedding.layers.*.o_proj.*: 0.05, embedding.layers.*.down_proj.*: 0.05, "
-        "embedding.pixel_shuffle_proj.2.*: 0.05}",
-        "instruction_tuning.train.steps=120",
-        "instruction_tuning.train.global_batch_size=32",
-    ),
-}
+PIPELINES = {"small": "demo/pipeline", "smollm2": "demo/pipeline_smollm2"}
 NOTES = (
     "The data are drawings, flags and shapes (OpenMoji, Factbook flags, easy-VQA), not photographs: nothing here says "
     "how well HoVLE does on natural images.",
@@ -71,20 +53,14 @@ def run_demo(args: argparse.Namespace) -> int:
     _warn_if_slow(console)
     clock = Clock(out / "phases.json")
     # All of them before any work: a mistake in the last one's overrides must not wait for the others to train.
-    llm = out / "prepared" / "smollm2" if args.llm == "smollm2" else None
-    recipes = {
-        stage: demo_recipe(stage, out, llm, _overrides(args), args.plugins)
-        for stage in (STAGES[1:] if llm else STAGES)
-    }
+    registry = args.plugins.registry
+    pipeline = demo_pipeline(args.llm, out, args.overrides, registry)
     with Memory() as memory:
         manifest = _prepare(args, out, clock, console)
-        for stage, recipe in recipes.items():
-            with clock.phase(stage):
-                train(recipe, local=args.local, console=console)
+        train_pipeline(pipeline, pipeline.recipes, registry, args.local, console, clock.phase)
         rows = _saved_rows(out)
         if rows is None:
-            teacher = recipes["distillation"].stage.options["teacher"]
-            result = _evaluate(args, out, llm, teacher, clock, console)
+            result = _evaluate(pipeline.recipes["distillation"], out, registry, clock, console)
             rows = result.rows
             _write(args, out, result, manifest, clock, memory)
     console.print(results_table(rows))
@@ -118,45 +94,34 @@ def _prepare(args: argparse.Namespace, out: Path, clock: Clock, console: Console
     return manifest
 
 
-def _overrides(args: argparse.Namespace) -> list[str]:
-    return [*LLM_OVERRIDES[args.llm], *args.overrides]
+def demo_pipeline(llm: str, out: Path, overrides: list[str], registry: Registry) -> Pipeline:
+    """The demo's stages with their folders under `out`. Raises ValueError for an override of no stage."""
+    pipeline = load_pipeline(PIPELINES[llm], overrides, registry)
+    moved = {
+        stage: Recipe.model_validate(_moved(recipe.model_dump(), f"{pipeline.run_dir}/", out))
+        for stage, recipe in pipeline.recipes.items()
+    }
+    return Pipeline(out, moved)
 
 
-def demo_recipe(
-    stage: str, out: Path, llm: Path | None, overrides: Sequence[str], plugins: HovlePlugins
-) -> Recipe:
-    """The stage's recipe with this demo's folders. Raises ValueError for an override of no stage."""
-    for override in overrides:
-        if override.split(".", 1)[0] not in STAGES:
-            raise ValueError(f"--set {override!r} must start with one of {', '.join(STAGES)}")
-    own = [o.removeprefix(f"{stage}.") for o in overrides if o.startswith(f"{stage}.")]
-    recipe = load_recipe(f"demo/{stage}", own, plugins.registry)
-    recipe = Recipe.model_validate(_moved(recipe.model_dump(), out))
-    if stage == "distillation" and llm is not None and recipe.model.backbone is not None:
-        recipe.model.backbone.options["path"] = str(llm)
-    return recipe
-
-
-def _moved(value: Any, out: Path) -> Any:
-    """A recipe's values with every path under runs/demo under `out` instead."""
-    if isinstance(value, str) and value.startswith("runs/demo/"):
-        return str(out / value.removeprefix("runs/demo/"))
+def _moved(value: Any, home: str, out: Path) -> Any:
+    """A recipe's values with every path under `home` under `out` instead; the recipes' own home is runs/demo."""
+    if isinstance(value, str):
+        inside = next((prefix for prefix in (home, "runs/demo/") if value.startswith(prefix)), None)
+        return value if inside is None else str(out / value.removeprefix(inside))
     if isinstance(value, dict):
-        return {key: _moved(item, out) for key, item in value.items()}
-    return [_moved(item, out) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _moved(item, home, out) for key, item in value.items()}
+    return [_moved(item, home, out) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _evaluate(
-    args: argparse.Namespace,
-    out: Path,
-    llm: Path | None,
-    teacher: dict[str, Any],
-    clock: Clock,
-    console: Console,
+    distillation: Recipe, out: Path, registry: Registry, clock: Clock, console: Console
 ) -> Evaluation:
-    llm = llm or out / "language_modeling" / "final"
+    """The LLM to compare with is the one that distillation started from, the teacher its teacher."""
+    llm = Path(resolve_checkpoint(str(parent_of(distillation))))
+    teacher = distillation.stage.options["teacher"]
     with clock.phase("evaluate"), _bars(console) as progress:
-        return evaluate(out, out / "prepared" / "shards", llm, teacher, args.plugins.registry, SEED, progress)
+        return evaluate(out, out / "prepared" / "shards", llm, teacher, registry, SEED, progress)
 
 
 def _trained_at(out: Path) -> str:

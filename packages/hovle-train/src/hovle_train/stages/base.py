@@ -22,6 +22,7 @@ from hovle_data.sections import Section, explain
 from hovle_data.streams import Stream
 from hovle_train.build import build_hovle
 from hovle_train.config import Recipe, Source
+from hovle_train.lineage import open_source
 from hovle_train.runtime import Runtime
 
 Progress = Callable[[str, int, int], None]
@@ -42,7 +43,7 @@ class Stage(ABC):
 
     Class attributes: `name`, as recipes call it; `Options`, what `stage.options` may hold; `reads`, which of
     `STAGE_FIELDS` do something here (all, unless it says so); `target_kinds`, the names of what its losses are sums
-    over.
+    over; `leaves_llm`, true where the finished checkpoint is a bare LLM and no HoVLE.
     `module`, in every method that takes it, is the nn.Module that the same stage's `build` returned. It is typed Any so
     that a stage can name its own class there.
     Raises ValueError for options that do not validate, and for a field that the recipe sets and the stage does not
@@ -53,10 +54,12 @@ class Stage(ABC):
     Options: ClassVar[type[Section]] = Section
     reads: ClassVar[tuple[str, ...]] = STAGE_FIELDS
     target_kinds: ClassVar[tuple[str, ...]] = ("loss",)
+    leaves_llm: ClassVar[bool] = False
     processor: HovleProcessor  # set by the loop from `build`
 
     def __init__(self, recipe: Recipe, registry: Registry):
         self.recipe, self.registry = recipe, registry
+        self._opened: dict[str, Any] = {}
         try:
             self.options: Any = self.Options.model_validate(recipe.stage.options)
         except ValidationError as error:
@@ -126,14 +129,15 @@ class Stage(ABC):
             raise ValueError(
                 f"data.{field} is empty, and stage {self.name!r} reads it: name at least one source"
             )
-        opened = [
-            (
-                self.registry.build("dataset", source.name, path=source.path, **source.options),
-                self._weight(source),
-            )
-            for source in sources
-        ]
+        opened = [(self.open(source), self._weight(source)) for source in sources]
         return Mixture(opened, seed=self.recipe.seed)
+
+    def open(self, source: Source) -> Any:
+        """The data set of a source, opened once: a stage draws from several mixtures of the same ones."""
+        key = source.model_dump_json(exclude={"weight"})
+        if key not in self._opened:
+            self._opened[key] = open_source(source, self.registry)
+        return self._opened[key]
 
     def _weight(self, source: Source) -> Weight:
         """A recipe counts a curriculum in shares of the run, a mixture in positions."""

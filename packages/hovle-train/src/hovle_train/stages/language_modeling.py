@@ -32,6 +32,7 @@ class LanguageModeling(Stage):
 
     name = "language_modeling"
     reads = ("data.sources", "data.long_samples")
+    leaves_llm = True
 
     def build(self) -> tuple[PreTrainedModel, HovleProcessor]:
         tokenizer = build_tokenizer(self.recipe.model, self.registry)

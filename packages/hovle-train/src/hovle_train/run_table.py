@@ -1,0 +1,107 @@
+"""What runs tell of themselves, read from their folders: how far they are, what made them, and where they came from."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hovle_train.metrics import read_metrics
+from hovle_train.runs import (
+    CHECKPOINTS,
+    FINAL,
+    METRICS_FILE,
+    PIPELINE_FILE,
+    RECIPE_FILE,
+    RUN_CARD,
+    is_finished,
+)
+
+# What is shown of a step, where a stage logs it.
+SHOWN = ("loss", "image_cosine", "text_cosine")
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """One run's folder, or the finished checkpoint of one, read when asked for."""
+
+    path: Path
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        recipe: dict[str, Any] = yaml.safe_load((self.path / RECIPE_FILE).read_text())
+        return recipe
+
+    @cached_property
+    def card(self) -> dict[str, Any]:
+        """What was written into the finished checkpoint, or into the newest one of a run under way; {} before it."""
+        states = sorted((self.path / CHECKPOINTS).glob("step-*/state.json"))
+        path = self.path / FINAL / RUN_CARD if is_finished(self.path) else (states[-1] if states else None)
+        card: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+        return card
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_metrics(self.path / METRICS_FILE)
+
+    @property
+    def stage(self) -> str:
+        return str(self.recipe["stage"]["name"])
+
+    @property
+    def state(self) -> str:
+        if not (self.path / RECIPE_FILE).is_file():
+            return "not started"
+        if is_finished(self.path):
+            return "finished"
+        done = self.metrics[-1]["step"] + 1 if self.metrics else 0
+        return f"step {done:,} of {self.recipe['train']['steps']:,}"
+
+    @property
+    def last(self) -> str:
+        """The last loss and cosines, in words."""
+        last = self.metrics[-1] if self.metrics else {}
+        return "  ".join(f"{name} {last[name]:.4f}" for name in SHOWN if last.get(name) is not None)
+
+    @property
+    def parent(self) -> str | None:
+        """What the run started from: a run's folder, a checkpoint, a hub id."""
+        parent: str | None = self.card.get("parent")
+        return parent
+
+    def lineage(self) -> Iterator["RunInfo"]:
+        """This run, the run it started from, and so on, as far as they are here."""
+        run, seen = self, set()
+        while run.path not in seen and (run.path / RECIPE_FILE).is_file():
+            seen.add(run.path)
+            yield run
+            parent = Path(run.parent or "").resolve()
+            run = RunInfo(parent.parent if parent.name == FINAL else parent)
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Every run below a folder (or the folder itself), by name; runs hold no runs."""
+    if (folder / RECIPE_FILE).is_file():
+        return [folder]
+    below = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return [run for inner in below for run in find_runs(inner)]
+
+
+def stages_of(folder: Path) -> dict[str, RunInfo]:
+    """The runs of a pipeline's folder by label, in its order and also those to come; a run's folder holds one.
+
+    Raises ValueError for a folder that is neither.
+    """
+    if (folder / RECIPE_FILE).is_file():
+        return {folder.name: RunInfo(folder)}
+    if (folder / PIPELINE_FILE).is_file():
+        labels = yaml.safe_load((folder / PIPELINE_FILE).read_text())["stages"]
+        return {label: RunInfo(folder / label) for label in labels}
+    if folder.is_dir() and (found := find_runs(folder)):
+        return {str(path.relative_to(folder)): RunInfo(path) for path in found}
+    raise ValueError(
+        f"{folder} is no run (no {RECIPE_FILE}), no pipeline (no {PIPELINE_FILE}) and holds none"
+    )

@@ -1,0 +1,85 @@
+"""`hovle runs`: the table, the lineage of a run, and curves as PNG and HTML."""
+
+import io
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from hovle_core.cli import main
+from hovle_train.loop import Trainer
+from hovle_train.runs import read_summary
+from hovle_train.runtime import Runtime
+
+
+@pytest.fixture
+def two_runs(make_recipe, plugins, tmp_path):
+    """A finished alignment, and an instruction tuning from it that stopped behind its checkpoint of step 1."""
+    parent = make_recipe("alignment", run_dir=str(tmp_path / "runs" / "first"), train={"steps": 3})
+    Trainer(parent, plugins, Runtime(), commit="abc123").run()
+    model = {"init_from": str(parent.path), "backbone": None, "embedding": {}, "image": {}}
+    child = make_recipe("instruction_tuning", run_dir=str(tmp_path / "runs" / "more" / "second"), model=model)
+    trainer = Trainer(child, plugins, Runtime())
+    inner = trainer.step
+    trainer.step = lambda step, batches: inner(step, batches) if step < 3 else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.run()
+    return parent, child
+
+
+def test_runs_tell_of_themselves(two_runs, tmp_path, capsys):
+    parent, child = two_runs
+    assert main(["runs", "list", str(tmp_path / "runs")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (first,) = [line for line in lines if "/first" in line]
+    (second,) = [line for line in lines if "/second" in line]
+    assert "finished" in first
+    assert f"{read_summary(parent.path)['tokens']:,}" in first
+    assert "step 3 of 6" in second
+
+    assert main(["runs", "show", str(child.path)]) == 0
+    shown = capsys.readouterr().out
+    weights = read_summary(parent.path)
+    assert re.search(r"lineage +│ second \(\w{12}\) <- first \(\w{12}\)", shown)
+    assert re.search(r"data.sources.0 +│ \S+/chats: 24 samples, sha256 \w{12}", shown)
+    assert "train = hovle-train" in shown
+    assert weights["commit"] == "abc123"
+    assert main(["runs", "show", str(parent.path)]) == 0
+    assert "abc123" in capsys.readouterr().out
+
+
+def test_curves_are_a_picture_and_a_page_that_loads_nothing(two_runs, tmp_path, capsys):
+    out = tmp_path / "curves"
+    assert main(["runs", "plot", str(tmp_path / "runs"), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.split() == [str(out / "curves.png"), str(out / "curves.html")]
+    with Image.open(io.BytesIO((out / "curves.png").read_bytes())) as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(2**20)}
+        assert picture.width > picture.height > 300
+    assert (31, 119, 180) in colours, "a line is drawn"
+    page = (out / "curves.html").read_text()
+    assert "abc123" in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "<script" not in page
+    sources = page.count("data:image/svg+xml;base64,")
+    assert sources == 1
+
+
+def test_what_is_no_run_is_said(tmp_path, capsys):
+    for command, message in (
+        (["list", str(tmp_path / "none")], "no such folder"),
+        (["list", str(tmp_path)], "holds no run"),
+        (["show", str(tmp_path)], "is no run"),
+    ):
+        assert main(["runs", *command]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_that_logged_nothing_has_no_curves(make_recipe, tmp_path, capsys):
+    recipe = make_recipe("alignment")
+    recipe.path.mkdir()
+    (recipe.path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert main(["runs", "plot", str(recipe.path)]) == 2
+    assert "no metrics yet" in capsys.readouterr().err
+    (recipe.path / "metrics.jsonl").write_text(json.dumps({"step": 0, "loss": None, "lr": 1e-3}) + "\n")
+    assert main(["runs", "plot", str(recipe.path)]) == 0, "a loss that is no number is a gap"
