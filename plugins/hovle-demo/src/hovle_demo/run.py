@@ -83,8 +83,8 @@ def run_demo(args: argparse.Namespace) -> int:
                 train(recipe, local=args.local, console=console)
         rows = _saved_rows(out)
         if rows is None:
-            teacher = recipes["distillation"].stage.options["teacher"]
-            result = _evaluate(args, out, llm, teacher, clock, console)
+            options = recipes["distillation"].stage.options
+            result = _evaluate(args, out, llm, options, clock, console)
             rows = result.rows
             _write(args, out, result, manifest, clock, memory)
     console.print(results_table(rows))
@@ -150,13 +150,15 @@ def _evaluate(
     args: argparse.Namespace,
     out: Path,
     llm: Path | None,
-    teacher: dict[str, Any],
+    distillation: dict[str, Any],
     clock: Clock,
     console: Console,
 ) -> Evaluation:
     llm = llm or out / "language_modeling" / "final"
     with clock.phase("evaluate"), _bars(console) as progress:
-        return evaluate(out, out / "prepared" / "shards", llm, teacher, args.plugins.registry, SEED, progress)
+        return evaluate(
+            out, out / "prepared" / "shards", llm, distillation, args.plugins.registry, SEED, progress
+        )
 
 
 def _trained_at(out: Path) -> str:

@@ -31,7 +31,7 @@ class Stage(ABC):
     """One stage of one run. Made once a process, before anything is loaded.
 
     Class attributes: `name`, as recipes call it; `Options`, what `stage.options` may hold; `target_kinds`, the names
-    of what its losses are sums over.
+    of what its losses are sums over (an instance may have its own, where options say what these are).
     `module`, in every method that takes it, is the nn.Module that the same stage's `build` returned. It is typed Any so
     that a stage can name its own class there.
     Raises ValueError for options that do not validate.
@@ -39,7 +39,7 @@ class Stage(ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type[Section]] = Section
-    target_kinds: ClassVar[tuple[str, ...]] = ("loss",)
+    target_kinds: tuple[str, ...] = ("loss",)
     processor: HovleProcessor  # set by the loop from `build`
 
     def __init__(self, recipe: Recipe, registry: Registry):

@@ -5,7 +5,8 @@ embedding, on images and text that have nothing to do with each other (paper, se
 
 z_I: features of the frozen teacher at the image token's place; head: a projection to the teacher's width that is
 thrown away after training. z_T: the LLM's embedding of the token. Weights, head and teacher layer of the paper are
-not published; these are ours.
+not published; these are ours. Several teachers (`teachers`) have a head each, and the image term is the mean of their
+cosines by `weight`.
 
 Shapes: T packed tokens, N tiles, P image tokens a tile, D hidden size, C teacher channels.
 """
@@ -17,14 +18,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hovle_core.losses import cosine_loss
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import HovleProcessor
-from hovle_core.roles import TeacherEncoder
+from hovle_core.registry import Registry
 from hovle_data.decode import cut_tiles
 from hovle_data.packing import PackedBatch, pack
 from hovle_data.quarantine import Ledger
@@ -32,10 +33,11 @@ from hovle_data.schema import BadSample
 from hovle_data.sections import Section
 from hovle_data.streams import Stream, UnpairedStream
 from hovle_train.build import build_hovle
-from hovle_train.config import Named
+from hovle_train.config import Named, Recipe
 from hovle_train.features import TeacherFeatures
 from hovle_train.runtime import Runtime
 from hovle_train.stages.base import Progress, Stage, model_inputs, save_hovle
+from hovle_train.teachers import build_heads, build_teacher, heads_of, made_by, target_names, widths
 
 logger = logging.getLogger(__name__)
 
@@ -44,19 +46,36 @@ TEACHER_BATCH = 64
 NORM_SAMPLES = 64
 
 
+class WeightedTeacher(Named):
+    """One of several teachers; `weight` is its share of the image term, against the other teachers'."""
+
+    weight: float = Field(1.0, gt=0)
+
+
 class DistillationOptions(Section):
-    """`head` projects the student to the teacher's width; `centre` subtracts the mean feature from targets;
+    """`teacher`, or several as `teachers`; `head` projects the student to the teacher's width; `centre` subtracts the mean feature from targets;
     `cache_features` runs the teacher once over all images and trains from disk; `match_norms` scales the finished
     embedding so that text comes out as long as the LLM's own embeddings: a cosine leaves lengths free, and an LLM
     cannot read what is a hundred times longer than anything it has seen (ours, not the paper's)."""
 
-    teacher: Named
+    teacher: Named | None = None
+    teachers: list[WeightedTeacher] = []
     head: Literal["linear", "mlp"] = "linear"
     image_weight: float = Field(1.0, ge=0)
     text_weight: float = Field(1.0, ge=0)
     centre: bool = True
     cache_features: bool = False
     match_norms: bool = True
+
+    @model_validator(mode="after")
+    def _teachers_are_named_once(self) -> "DistillationOptions":
+        if (self.teacher is None) == (not self.teachers):
+            raise ValueError("name either one teacher, or several as a list of teachers")
+        return self
+
+    @property
+    def all_teachers(self) -> list[WeightedTeacher]:
+        return self.teachers or [WeightedTeacher.model_validate(self.teacher.model_dump())]  # type: ignore[union-attr]
 
 
 class DistillationModule(nn.Module):
@@ -74,28 +93,34 @@ class Distillation(Stage):
     Options = DistillationOptions
     target_kinds = ("image_cosine", "text_cosine")
 
+    def __init__(self, recipe: Recipe, registry: Registry):
+        super().__init__(recipe, registry)
+        teachers = self.options.all_teachers
+        self.teacher_names = target_names(teachers) if len(teachers) > 1 else []
+        self.target_kinds = (*type(self).target_kinds, *self.teacher_names)
+        total = sum(teacher.weight for teacher in teachers)
+        self.shares = [teacher.weight / total for teacher in teachers]
+
     def build(self) -> tuple[DistillationModule, HovleProcessor]:
         model, processor = build_hovle(self.recipe.model, self.registry, self.recipe.seed)
-        teacher = self.registry.build("teacher", self.options.teacher.name, **self.options.teacher.options)
-        if not isinstance(teacher, TeacherEncoder):
-            raise ValueError(
-                f"teacher {self.options.teacher.name!r} is a {type(teacher).__name__}, not a TeacherEncoder"
-            )
-        # Not a part of the module: it never trains, and no checkpoint holds it.
         tokens = model.config.embedding_config.tokens_per_tile
-        self.features = TeacherFeatures(teacher.eval().requires_grad_(False), tokens, self.options.centre)
-        return DistillationModule(model, self._head(model.config.embedding_config.hidden_size)), processor
-
-    def _head(self, hidden_size: int) -> nn.Module:
+        # Not a part of the module: it never trains, and no checkpoint holds it.
+        teacher = build_teacher(self.options.all_teachers, self.registry, tokens)
+        self.features = TeacherFeatures(teacher, tokens, self.options.centre)
+        hidden_size = model.config.embedding_config.hidden_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed)
-            if self.options.head == "linear":
-                return nn.Linear(hidden_size, self.features.size)
-            return nn.Sequential(
-                nn.Linear(hidden_size, hidden_size * 4),
-                nn.GELU(),
-                nn.Linear(hidden_size * 4, self.features.size),
-            )
+            head = build_heads(teacher, lambda width: self._head(hidden_size, width))
+        return DistillationModule(model, head), processor
+
+    def _head(self, hidden_size: int, width: int) -> nn.Module:
+        if self.options.head == "linear":
+            return nn.Linear(hidden_size, width)
+        return nn.Sequential(
+            nn.Linear(hidden_size, hidden_size * 4),
+            nn.GELU(),
+            nn.Linear(hidden_size * 4, width),
+        )
 
     def trainable(self, module: nn.Module) -> Sequence[str]:
         return ["model.embedding.", "head."]
@@ -120,19 +145,14 @@ class Distillation(Stage):
             return
         store = self.recipe.path / "teacher_features"
         images = [source.model_dump(mode="json") for source in self.recipe.data.images]
-        made_by = [
-            self.options.teacher.model_dump(mode="json"),
-            self.options.centre,
-            self.features.num_tokens,
-            images,
-        ]
-        if runtime.is_main and not self.features.open_store(store, made_by):
+        made = [made_by(self.options.all_teachers), self.options.centre, self.features.num_tokens, images]
+        if runtime.is_main and not self.features.open_store(store, made):
             batches = ((keys, tiles.to(runtime.device)) for keys, tiles in self._teacher_batches(processor))
             num_images = self.mixture(self.recipe.data.images, "images").num_samples
             report = None if progress is None else lambda done: progress("teacher features", done, num_images)
-            self.features.build_store(store, batches, report, made_by)
+            self.features.build_store(store, batches, report, made)
         runtime.barrier()
-        if not runtime.is_main and not self.features.open_store(store, made_by):
+        if not runtime.is_main and not self.features.open_store(store, made):
             raise ValueError(
                 f"{store} was built by rank 0 but cannot be read here: run_dir must be shared by all workers"
             )
@@ -164,7 +184,8 @@ class Distillation(Stage):
 
     def targets(self, module: DistillationModule, batch: PackedBatch) -> dict[str, int]:
         images = int((batch.input_ids == module.model.config.image_token_id).sum())
-        return {"image_cosine": images, "text_cosine": batch.input_ids.shape[1] - images}
+        counts = {"image_cosine": images, "text_cosine": batch.input_ids.shape[1] - images}
+        return counts | dict.fromkeys(self.teacher_names, images)
 
     def loss(
         self, module: DistillationModule, batch: PackedBatch, totals: dict[str, float]
@@ -179,9 +200,16 @@ class Distillation(Stage):
         logged = {"text_cosine": -text.detach()}
         if batch.pixel_values is not None:
             target = self.features.get(batch.tile_keys, batch.pixel_values).flatten(0, 1)  # [N · P, C]
-            image = cosine_loss(module.head(embedded[is_image]), target)
+            student = module.head(embedded[is_image])
+            sizes = widths(self.features.teacher)
+            each = [
+                cosine_loss(x, z)
+                for x, z in zip(student.split(sizes, -1), target.split(sizes, -1), strict=True)
+            ]
+            image = torch.stack([share * one for share, one in zip(self.shares, each, strict=True)]).sum()
             loss = loss + self.options.image_weight * image / totals["image_cosine"]
             logged["image_cosine"] = -image.detach()
+            logged |= {name: -one.detach() for name, one in zip(self.teacher_names, each)}
         return loss, logged
 
     @torch.no_grad()
@@ -200,8 +228,9 @@ class Distillation(Stage):
             student += float(model.embed(**model_inputs(batch, processor))[0][is_text].norm(dim=-1).sum())
             teacher += float(table[batch.input_ids[0][is_text]].norm(dim=-1).sum())
         model.embedding.rescale_(teacher / student)
-        first = next(m for m in module.head.modules() if isinstance(m, nn.Linear))
-        first.weight.div_(teacher / student)  # so that the head gives what it gave
+        for head in heads_of(module.head):
+            first = next(m for m in head.modules() if isinstance(m, nn.Linear))
+            first.weight.div_(teacher / student)  # so that the head gives what it gave
 
     def export(self, module: DistillationModule, processor: HovleProcessor, folder: Path) -> None:
         """The HoVLE alone; the head goes into a file beside it, for evaluation only."""
