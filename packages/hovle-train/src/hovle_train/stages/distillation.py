@@ -53,10 +53,11 @@ class WeightedTeacher(Named):
 
 
 class DistillationOptions(Section):
-    """`teacher`, or several as `teachers`; `head` projects the student to the teacher's width; `centre` subtracts the mean feature from targets;
-    `cache_features` runs the teacher once over all images and trains from disk; `match_norms` scales the finished
-    embedding so that text comes out as long as the LLM's own embeddings: a cosine leaves lengths free, and an LLM
-    cannot read what is a hundred times longer than anything it has seen (ours, not the paper's)."""
+    """`teacher`, or several as `teachers`. `head` projects the student to the teacher's width; `centre` subtracts the
+    mean feature from targets; `cache_features` runs the teacher once over all images and trains from disk;
+    `match_norms` scales the finished embedding so that text comes out as long as the LLM's own embeddings: a cosine
+    leaves lengths free, and an LLM cannot read what is a hundred times longer than anything it has seen (ours, not the
+    paper's)."""
 
     teacher: Named | None = None
     teachers: list[WeightedTeacher] = []
@@ -209,7 +210,8 @@ class Distillation(Stage):
             image = torch.stack([share * one for share, one in zip(self.shares, each, strict=True)]).sum()
             loss = loss + self.options.image_weight * image / totals["image_cosine"]
             logged["image_cosine"] = -image.detach()
-            logged |= {name: -one.detach() for name, one in zip(self.teacher_names, each)}
+            if self.teacher_names:
+                logged |= {name: -one.detach() for name, one in zip(self.teacher_names, each, strict=True)}
         return loss, logged
 
     @torch.no_grad()
