@@ -49,6 +49,7 @@ def train(recipe: Recipe, local: bool = False, console: Console | None = None) -
     """Run a recipe to its end with a progress bar, resuming what is there; says so if it is finished already."""
     import torch
     from rich.console import Console
+    from rich.text import Text
     from transformers.utils import logging
 
     from hovle_train.lineage import check_finished
@@ -72,6 +73,13 @@ def train(recipe: Recipe, local: bool = False, console: Console | None = None) -
     console.print(
         f"{recipe.stage.name}: {summary['seconds']:.0f} s  {numbers}", highlight=False, soft_wrap=True
     )
+    for name, error in summary.get("observer_errors", {}).items():
+        console.print(
+            f"[yellow]warning:[/] observer {name!r} failed {error['count']} times, and has missed that much; first: ",
+            Text(error["first"]),
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def dry_run(recipe: Recipe, plugins: HovlePlugins) -> None:
@@ -83,10 +91,12 @@ def dry_run(recipe: Recipe, plugins: HovlePlugins) -> None:
     from hovle_train.freeze import freeze_except
     from hovle_train.loop import Trainer
     from hovle_train.runtime import Runtime
+    from hovle_train.wrappers import wrap_model
 
     trainer = Trainer(recipe, plugins, Runtime())
     module, trainer.processor = trainer.stage.build()
     freeze_except(module, trainer.stage.trainable(module))
+    module = wrap_model(plugins, module, recipe.model.wrappers)
     ledger = Ledger(None, max_share=recipe.data.max_quarantine_share)
     with trainer.loader(ledger).iterate(0, 1) as first_step:
         ((_, batches, _),) = first_step

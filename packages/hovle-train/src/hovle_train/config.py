@@ -63,6 +63,8 @@ class ModelConfig(Section):
     # Fields of HolisticEmbeddingConfig; width, heads and vocabulary come from the LLM where they are not given.
     embedding: dict[str, Any] = {}
     image: ImageConfig = ImageConfig()
+    # Settings of plugins that wrap the model while it trains (hovle_build_model), by the plugin's name.
+    wrappers: dict[str, Any] = {}
     attention: str = "hovle_packed"
     activation_checkpointing: bool = False
 
@@ -196,11 +198,6 @@ class ResourcesConfig(Section):
         return self
 
 
-class ObserversConfig(Section):
-    wandb: Literal["offline", "online", "disabled"] = "offline"
-    project: str = "hovle"
-
-
 class Recipe(Section):
     """A run of one stage. `run_dir` holds all it writes; the same recipe and folder resume it."""
 
@@ -212,7 +209,8 @@ class Recipe(Section):
     optim: OptimConfig
     train: TrainConfig
     resources: ResourcesConfig = ResourcesConfig()
-    observers: ObserversConfig = ObserversConfig()
+    # Settings of plugins that observe runs, by the plugin's name; they know their own fields.
+    observers: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _curricula_know_their_positions(self) -> "Recipe":

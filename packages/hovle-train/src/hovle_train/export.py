@@ -14,6 +14,7 @@ from hovle_train.checkpoint import sync_folder
 from hovle_train.lineage import parent_of
 from hovle_train.metrics import read_metrics
 from hovle_train.runs import FINAL, METRICS_FILE, RUN_CARD, SUMMARY_FILE
+from hovle_train.wrappers import unwrap_model
 
 if TYPE_CHECKING:
     from hovle_train.loop import Trainer
@@ -68,6 +69,7 @@ def export_final(trainer: "Trainer") -> None:
     temporary = folder / f".{FINAL}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    unwrap_model(trainer.plugins, trainer.module, trainer.recipe.model.wrappers)
     trainer.stage.export(trainer.module, trainer.processor, temporary)
     card = summary(trainer)
     (temporary / RUN_CARD).write_text(json.dumps(card, indent=1))
@@ -75,9 +77,9 @@ def export_final(trainer: "Trainer") -> None:
     sync_folder(temporary)
     os.replace(temporary, folder / FINAL)
     shutil.rmtree(trainer.checkpoints, ignore_errors=True)
-    trainer.plugins.manager.hook.hovle_on_checkpoint(
-        run=trainer.run_info, step=trainer.recipe.train.steps - 1, path=folder / FINAL
-    )
+    trainer.observers.on_checkpoint(trainer.recipe.train.steps - 1, folder / FINAL)
+    if trainer.observers.errors:
+        write_json(folder / SUMMARY_FILE, {**card, "observer_errors": trainer.observers.errors})
 
 
 def write_json(path: Path, content: Any) -> None:

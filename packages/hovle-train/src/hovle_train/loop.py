@@ -25,12 +25,14 @@ from hovle_train.fill import Fill
 from hovle_train.freeze import freeze_except, set_train_mode
 from hovle_train.lineage import check_finished, check_parent, check_same, parent_of, plugins_of, weights_hash
 from hovle_train.metrics import MetricsWriter, Window, truncate_metrics
+from hovle_train.observers import Observers
 from hovle_train.optim import build_optimizers, lr_share, set_lr
 from hovle_train.parallel import sync_gradients
 from hovle_train.runs import METRICS_FILE, RECIPE_FILE, STATUS_FILE, Run, is_finished
 from hovle_train.runtime import Runtime, resolve_precision
 from hovle_train.stages.base import Stage
 from hovle_train.weights import Weights
+from hovle_train.wrappers import wrap_model
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class Trainer:
             "stage", recipe.stage.name, recipe=recipe, registry=plugins.registry
         )
         self.run_info = Run(recipe.path, recipe.stage.name, recipe.model_dump(mode="json"))
+        self.observers = Observers(plugins, self.run_info)
         self.checkpoints = recipe.path / "checkpoints"
         self.dtype = resolve_precision(recipe.train.precision, runtime.device)
 
@@ -115,6 +118,7 @@ class Trainer:
         self.stage.processor = self.processor
         self.module.to(self.runtime.device)
         freeze_except(self.module, self.stage.trainable(self.module))
+        self.module = wrap_model(self.plugins, self.module, self.recipe.model.wrappers)
         self.weights = Weights(self.module, self.dtype)
         self.optimizers = build_optimizers(self.recipe.optim, self.weights.masters)
         self.stage.setup(self.module, self.processor, self.runtime, self._progress)
@@ -222,7 +226,7 @@ class Trainer:
         }
         if writer is not None:
             writer.write(step, metrics)
-            self.plugins.manager.hook.hovle_on_log(run=self.run_info, step=step, metrics=metrics)
+            self.observers.on_log(step, metrics)
         window.reset()
 
     def save(self, step: int, data_state: State) -> None:
@@ -245,7 +249,7 @@ class Trainer:
             }
             keep = self.recipe.train.keep_checkpoints
             path = checkpoint.save(self.checkpoints, step, self.weights.masters, self.optimizers, state, keep)
-            self.plugins.manager.hook.hovle_on_checkpoint(run=self.run_info, step=step, path=path)
+            self.observers.on_checkpoint(step, path)
             Ledger.merge(self.recipe.path)
         self.runtime.report({"step": step}, path)
 
