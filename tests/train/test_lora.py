@@ -1,4 +1,5 @@
-"""LoRA instruction tuning: only adapters train, they are saved, and the export is them merged: peft is the oracle."""
+"""hovle-lora: adapters train in place of the weights under them, are saved as peft reads them, and are merged into a
+plain HoVLE at the end."""
 
 import pytest
 import torch
@@ -13,7 +14,34 @@ from hovle_train.runs import is_finished
 from hovle_train.runtime import Runtime
 from hovle_train.stages.base import model_inputs
 
-LORA = {"lora": {"r": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}}
+ALONE = {
+    "r": 4, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"], "freeze": ["embedding.", "language_model."],
+}  # fmt: skip
+
+
+def run(recipe, plugins) -> tuple[dict, dict]:
+    """The weights before and after."""
+    trainer = Trainer(recipe, plugins, Runtime())
+    before = {name: p.detach().clone() for name, p in trainer.stage.build()[0].named_parameters()}
+    Trainer(recipe, plugins, Runtime()).run()
+    model = HovleForConditionalGeneration.from_pretrained(recipe.path / "final")
+    return before, dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_adapters_train_and_are_merged(make_recipe, plugins, precision):
+    recipe = make_recipe("instruction_tuning", train={"steps": 4, "precision": precision})
+    recipe.model.wrappers = {"lora": {"r": 4}}
+    before, after = run(recipe, plugins)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    in_llm = {name for name in changed if name.startswith("language_model.")}
+    assert {name.split(".")[-2] for name in in_llm} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    for name in in_llm:
+        assert torch.linalg.matrix_rank((after[name] - before[name]).double(), rtol=1e-3) <= 4, name
+    assert "embedding.patch_embed.patch_embedding.weight" in changed
 
 
 class Killed(Exception):
@@ -21,10 +49,14 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_adapters_are_saved_merged_and_resumed(precision, make_recipe, plugins, tmp_path):
+def test_adapters_alone_are_saved_merged_and_resumed(precision, make_recipe, plugins, tmp_path):
+    """peft is the oracle: the adapter on the model that the run started from is the finished model."""
+
     def recipe(name):
-        train, optim = {"precision": precision}, {"lr": 5e-2}
-        return make_recipe("instruction_tuning", LORA, run_dir=str(tmp_path / name), train=train, optim=optim)
+        sections = {"train": {"precision": precision}, "optim": {"lr": 5e-2}}
+        made = make_recipe("instruction_tuning", run_dir=str(tmp_path / name), **sections)
+        made.model.wrappers = {"lora": ALONE}
+        return made
 
     whole = Trainer(recipe("whole"), plugins, Runtime())
     whole.run()
@@ -65,13 +97,62 @@ def test_adapters_are_saved_merged_and_resumed(precision, make_recipe, plugins, 
     assert all(torch.equal(fresh.state_dict()[name], after[name]) for name in untouched)
 
 
-def test_options_are_checked(make_recipe, plugins):
-    def prepare(stage, **lora):
-        Trainer(make_recipe(stage, {"lora": lora}), plugins, Runtime()).prepare()
+def test_an_average_beside_has_adapters_of_its_own(make_recipe, plugins):
+    recipe = make_recipe("instruction_tuning", optim={"ema": {"decay": 0.5, "export": "beside"}})
+    recipe.model.wrappers = {"lora": {"r": 2}}
+    Trainer(recipe, plugins, Runtime()).run()
+    plain, averaged = (
+        [
+            load_file(recipe.path / folder / name)
+            for name in ("model.safetensors", "adapter/adapter_model.safetensors")
+        ]
+        for folder in ("final", "final_ema")
+    )
+    for a, b in zip(plain, averaged, strict=True):
+        assert a.keys() == b.keys()
+        assert any(not torch.equal(a[name], b[name]) for name in a)
+    assert not any("lora" in name for name in plain[0])
 
-    with pytest.raises(ValueError, match="stage.options.lora: .*nothing_like_it"):
-        prepare("instruction_tuning", target_modules=["nothing_like_it"])
-    with pytest.raises(ValueError, match="lora.rank: unknown key"):
-        prepare("instruction_tuning", rank=4)
-    with pytest.raises(ValueError, match="lora: unknown key"):
-        prepare("alignment", r=4)
+
+def test_the_embedding_learns_to_see_through_adapters(make_recipe, plugins):
+    """In distillation the module has a head around the HoVLE: names are the HoVLE's."""
+    recipe = make_recipe("distillation", train={"steps": 2})
+    target = r"embedding\.layers\..*(q|v)_proj"
+    recipe.model.wrappers = {"lora": {"r": 2, "target_modules": target, "freeze": ["embedding."]}}
+    Trainer(recipe, plugins, Runtime()).run()
+    tensors = load_file(recipe.path / "final" / "adapter" / "adapter_model.safetensors")
+    assert "base_model.model.embedding.layers.0.self_attn.q_proj.lora_A.weight" in tensors
+    before, _ = build_hovle(recipe.model, plugins.registry, recipe.seed)
+    head = load_file(recipe.path / "final" / "distillation_head.safetensors")
+    assert set(head) == {"head.weight", "head.bias", "mean"}
+    assert before.state_dict().keys() == load_file(recipe.path / "final" / "model.safetensors").keys()
+
+
+def test_nothing_is_said_before_a_step(make_recipe, plugins, tmp_path):
+    """Adapters begin at zero: the first loss is that of the model without them."""
+    losses = []
+    for wrappers in ({}, {"lora": {}}):
+        recipe = make_recipe("instruction_tuning", run_dir=str(tmp_path / str(len(losses))))
+        recipe.model.wrappers = wrappers
+        trainer = Trainer(recipe, plugins, Runtime())
+        trainer.prepare()
+        losses.append(trainer.step(0, trainer.loader(Ledger()).batches(0))["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wrappers", "message"),
+    [
+        ({"lorra": {}}, "no installed plugin of that name wraps models; did you mean 'lora'"),
+        ({"lora": {"rank": 4}}, "model.wrappers.lora has no 'rank'"),
+        ({"lora": {"r": 0}}, "must be a rank of at least 1, got 0"),
+        ({"lora": {"target_modules": "nothing"}}, "'nothing' matches no module; there are"),
+        ({"lora": {"target_modules": ["nothing"]}}, r"\['nothing'\] matches no module; there are"),
+        ({"lora": {"freeze": ["llm."]}}, "freeze 'llm.' matches no parameter; there are"),
+    ],
+)
+def test_settings_are_checked(make_recipe, plugins, wrappers, message):
+    recipe = make_recipe("instruction_tuning")
+    recipe.model.wrappers = wrappers
+    with pytest.raises(ValueError, match=message):
+        Trainer(recipe, plugins, Runtime()).prepare()

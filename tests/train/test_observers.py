@@ -1,17 +1,60 @@
-"""W&B, offline: a run leaves its files in its own folder, and a later one does not add to them."""
+"""An observer that raises is named, and costs the run nothing."""
 
-import os
+import json
+import logging
+from types import ModuleType
 
+import pytest
+
+from hovle_core.hookspecs import hookimpl
+from hovle_core.plugins import load_plugins
 from hovle_train.loop import Trainer
+from hovle_train.metrics import read_metrics
 from hovle_train.runtime import Runtime
 
 
-def test_a_run_leaves_an_offline_wandb_run(make_recipe, plugins, monkeypatch):
-    monkeypatch.delenv("WANDB_MODE")
-    recipe = make_recipe("alignment", observers={"wandb": "offline"})
-    Trainer(recipe, plugins, Runtime()).run()
-    (folder,) = (recipe.path / "wandb").glob("offline-run-*")
-    assert any(name.endswith(".wandb") for name in os.listdir(folder))
-    import wandb
+@pytest.fixture
+def observed(plugins, monkeypatch):
+    """The plugins with two more: one that raises at every call, and one behind it that listens."""
+    loaded = load_plugins()
+    loaded.registry._specs.update(plugins.registry._specs)
+    broken, listener, heard = ModuleType("broken"), ModuleType("listener"), []
 
-    assert wandb.run is None, "finished with the run"
+    @hookimpl
+    def hovle_on_log(run, step, metrics):
+        raise RuntimeError(f"no connection [{step}]")
+
+    @hookimpl
+    def hovle_on_checkpoint(path):
+        raise SystemExit(1)
+
+    broken.hovle_on_log, broken.hovle_on_checkpoint = hovle_on_log, hovle_on_checkpoint
+    listener.hovle_on_log = hookimpl(lambda step: heard.append(step), specname="hovle_on_log")
+    loaded.manager.register(broken, "broken")
+    loaded.manager.register(listener, "listener")
+    monkeypatch.setattr(
+        type(loaded), "versions", property(lambda self: {"core": "hovle-core 1", "broken": "dist-broken 1.0"})
+    )
+    return loaded, heard
+
+
+def test_a_run_outlives_an_observer(make_recipe, observed, caplog):
+    plugins, heard = observed
+    recipe = make_recipe("alignment", train={"steps": 4, "checkpoint_every": 2})
+    with caplog.at_level(logging.WARNING):
+        Trainer(recipe, plugins, Runtime()).run()
+    named = [record for record in caplog.records if "observer 'broken'" in record.message]
+    assert len(named) == 1
+    assert "of dist-broken 1.0 failed" in named[0].message
+    summary = json.loads((recipe.path / "summary.json").read_text())
+    errors = summary["observer_errors"]["broken"]
+    assert errors == {"count": 6, "first": "hovle_on_log: RuntimeError: no connection [0]"}
+    assert heard == [0, 1, 2, 3]
+    assert len(read_metrics(recipe.path / "metrics.jsonl")) == 4
+    assert (recipe.path / "final" / "model.safetensors").is_file()
+
+
+def test_settings_of_a_plugin_that_observes_nothing_are_refused(make_recipe, plugins):
+    recipe = make_recipe("alignment", observers={"wandbb": {}})
+    with pytest.raises(ValueError, match="observers.wandbb: no installed plugin .*did you mean 'wandb'"):
+        Trainer(recipe, plugins, Runtime())

@@ -67,6 +67,15 @@ class TestDistillation(OwnStageTests):
         return plugins.registry
 
 
+class TestDistillationOfTwoTeachers(TestDistillation):
+    stage_options = {
+        "teachers": [
+            {"name": "grid"},
+            {"name": "grid", "weight": 3, "options": {"feature_size": 5, "grid": 3}},
+        ]
+    }
+
+
 class TestAlignment(OwnStageTests):
     name = "alignment"
     sources = {"sources": "pairs"}

@@ -1,4 +1,5 @@
-"""The default backbone and tokenizer: whatever transformers can load from a hub id or a folder."""
+"""The default backbone and tokenizers: whatever transformers can load from a hub id or a folder, and GGUF, InternLM2
+and tiktoken files besides."""
 
 from pathlib import Path
 
@@ -12,15 +13,28 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hovle_core.hub import local_folder
+from hovle_core.llm_files import (
+    GGUF,
+    gguf_config,
+    gguf_model,
+    gguf_tokenizer,
+    internlm2_config,
+    internlm2_model,
+    internlm2_tokenizer,
+)
+from hovle_core.official import INTERNLM2
 from hovle_core.processor import add_image_tokens
 from hovle_core.roles import LLMBackbone, TokenizerProvider
+from hovle_core.tiktoken_file import tiktoken_tokenizer
 
 
 class TransformersBackbone(LLMBackbone):
-    """A causal LM that `AutoModelForCausalLM` can load from safetensors.
+    """A causal LM that `AutoModelForCausalLM` can load from safetensors; an InternLM2, which becomes the Llama that it
+    is; or a GGUF file, which is dequantised.
 
     Args:
-        path: hub id or folder.
+        path: hub id, folder, or a file `*.gguf`.
         from_config: make random weights of that config (the folder then needs `config.json` and a tokenizer only).
         seed: seeds those weights, and the embeddings of tokens that the folder's weights lack.
         overrides: config fields to replace, with `from_config` only.
@@ -29,9 +43,10 @@ class TransformersBackbone(LLMBackbone):
     """
 
     def __init__(self, path: str, from_config: bool = False, seed: int = 0, overrides: dict | None = None):
-        if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        self.gguf = _gguf_file(path)
+        if self.gguf is None and Path(path).exists() and not (Path(path) / "config.json").is_file():
             raise ValueError(
-                f"backbone path {path!r} holds no config.json; give the folder of a saved causal LM"
+                f"backbone path {path!r} holds no config.json; give the folder of a saved causal LM, or a .gguf file"
             )
         if overrides and not from_config:
             raise ValueError(
@@ -40,13 +55,18 @@ class TransformersBackbone(LLMBackbone):
         self.path, self.from_config, self.seed, self.overrides = path, from_config, seed, overrides or {}
 
     def config(self) -> PreTrainedConfig:
-        config = AutoConfig.from_pretrained(self.path)
+        if self.gguf is not None:
+            config = gguf_config(self.gguf)
+        elif _is_internlm2(self.path):
+            config = internlm2_config(local_folder(self.path, weights=False))
+        else:
+            config = AutoConfig.from_pretrained(self.path)
         for name, value in self.overrides.items():
             setattr(config, name, value)
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = AutoTokenizer.from_pretrained(self.path)
+        tokenizer = _tokenizer(self.path)
         add_image_tokens(tokenizer)
         return tokenizer
 
@@ -55,6 +75,10 @@ class TransformersBackbone(LLMBackbone):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 model = AutoModelForCausalLM.from_config(self.config(), dtype=torch.float32)
+        elif self.gguf is not None:
+            model = gguf_model(self.gguf)
+        elif _is_internlm2(self.path):
+            model = internlm2_model(local_folder(self.path, weights=True))
         else:
             model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32, use_safetensors=True)
         size = len(self.tokenizer())
@@ -66,10 +90,11 @@ class TransformersBackbone(LLMBackbone):
 
 
 class TransformersTokenizer(TokenizerProvider):
-    """A tokenizer that `AutoTokenizer` can load without remote code; picture tokens that it lacks are added.
+    """A tokenizer that `AutoTokenizer` can load without remote code, an InternLM2's, or that of a GGUF file; picture
+    tokens that it lacks are added.
 
     Args:
-        path: hub id or folder.
+        path: hub id, folder, or a file `*.gguf`.
 
     `tokenizer()` raises ValueError naming `path` where there is no such tokenizer.
     """
@@ -79,10 +104,69 @@ class TransformersTokenizer(TokenizerProvider):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path)
+            tokenizer = _tokenizer(self.path)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"model.tokenizer path {self.path!r} holds no tokenizer that transformers can load: {error}"
             ) from error
         add_image_tokens(tokenizer)
         return tokenizer
+
+
+class TiktokenTokenizer(TokenizerProvider):
+    """A tiktoken vocabulary; picture tokens are added behind its special tokens.
+
+    Args:
+        path: a file `*.tiktoken`.
+        pattern: what cuts text into words first: `gpt2`, `cl100k_base`, `qwen`, or a regular expression.
+        special_tokens: token -> id, as the encoding has them, behind the ids of the file.
+        eos_token: the one that ends an answer.
+        chat_template: Jinja, as transformers has it.
+
+    Raises ValueError for a path that is no file; `tokenizer()` raises ValueError for one that is no such vocabulary.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        special_tokens: dict[str, int],
+        eos_token: str,
+        pattern: str = "cl100k_base",
+        chat_template: str | None = None,
+    ):
+        if not Path(path).is_file():
+            raise ValueError(f"model.tokenizer path {path!r} must be a .tiktoken file")
+        self.path, self.pattern, self.special_tokens = Path(path), pattern, special_tokens
+        self.eos_token, self.chat_template = eos_token, chat_template
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer = tiktoken_tokenizer(self.path, self.pattern, self.special_tokens, self.eos_token)
+        tokenizer.chat_template = self.chat_template
+        add_image_tokens(tokenizer)
+        return tokenizer
+
+
+def _gguf_file(path: str) -> Path | None:
+    """`path` as a GGUF file, or None where it is a folder or a hub id. Raises ValueError where the file is missing."""
+    if not path.endswith(GGUF):
+        return None
+    if not Path(path).is_file():
+        raise ValueError(f"backbone path {path!r} does not exist; give a .gguf file that is here")
+    return Path(path)
+
+
+def _is_internlm2(path: str) -> bool:
+    return PreTrainedConfig.get_config_dict(path)[0].get("model_type") == INTERNLM2
+
+
+def _tokenizer(path: str) -> PreTrainedTokenizerBase:
+    if (file := _gguf_file(path)) is not None:
+        return gguf_tokenizer(file)
+    if _has_config(path) and _is_internlm2(path):
+        return internlm2_tokenizer(local_folder(path, weights=False))
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _has_config(path: str) -> bool:
+    """A tokenizer's folder needs no config.json; of a hub id nothing is known yet."""
+    return not Path(path).is_dir() or (Path(path) / "config.json").is_file()

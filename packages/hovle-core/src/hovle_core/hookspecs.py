@@ -8,7 +8,7 @@ point to what is heavy with a :class:`~hovle_core.registry.Spec`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,12 +70,35 @@ def hovle_commands(cli: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     """
 
 
+# --- who handles this ----------------------------------------------------------------------------------------------
+
+
+@hookspec(firstresult=True)
+def hovle_build_model(build: Callable[[], Any], wrappers: Mapping[str, Any]) -> Any:
+    """The module that a run trains. Core's own implementation calls ``build()``; plugins wrap it and patch nothing.
+
+    A wrapper is a generator, marked ``@hookimpl(wrapper=True)``: ``model = yield``, then what it does to the model,
+    then ``return model``. ``wrappers`` is ``model.wrappers`` of the recipe: settings by the plugin's name. Without its
+    own name in there a wrapper returns the model as it came. What trains is decided before: ``requires_grad`` says it.
+    """
+
+
+@hookspec
+def hovle_export_model(model: Any, wrappers: Mapping[str, Any], folder: Path) -> None:
+    """Training is over and the model is about to be saved in ``folder``: fold into its own weights what was put around
+    them. What is to be kept of it by itself goes into a sub-folder.
+    """
+
+
 # --- tell me when (rank 0, after reduction) ----------------------------------------------------------------------
 
 
 @hookspec
 def hovle_on_log(run: Any, step: int, metrics: Mapping[str, float]) -> None:
-    """Metrics were logged after optimizer step ``step``; ``run`` describes the run (see ``hovle_train``)."""
+    """Metrics were logged after optimizer step ``step``; ``run`` describes the run (see ``hovle_train``).
+
+    An observer that raises is named in the log and counted in the run's summary, and the run goes on.
+    """
 
 
 @hookspec

@@ -97,14 +97,14 @@ def config_from_released(released: Mapping[str, Any]) -> HovleConfig:
         embedding_config=HolisticEmbeddingConfig(
             **_kept(HolisticEmbeddingConfig, embedding, {"llm_vocab_size": "vocab_size"})
         ),
-        text_config=_llm_config(released["llm_config"]),
+        text_config=llm_config_from_released(released["llm_config"]),
         image_token_id=embedding["img_context_token_id"],
         dtype=released.get("torch_dtype"),
         released=copy.deepcopy(dict(released)),
     )
 
 
-def _llm_config(llm: Mapping[str, Any]) -> PreTrainedConfig:
+def llm_config_from_released(llm: Mapping[str, Any]) -> PreTrainedConfig:
     """`llm_config` as a transformers config; an InternLM2 becomes the Llama that it is."""
     kind = llm.get("model_type")
     if kind not in _CONFIG_CLASS:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedConfig
 
 from hovle_core.config import HovleConfig
 from hovle_core.official import INTERNLM2, llm_kind
@@ -100,19 +101,38 @@ def layout(config: HovleConfig) -> list[Entry]:
         groups.setdefault(_renamed(name, rules), []).append(name)
     entries = []
     for released, ours in groups.items():
-        ours.sort(key=lambda name: (".q_proj." not in name, ".k_proj." not in name))  # q, then k, then v
         part = config.embedding_config if ours[0].startswith("embedding.") else config.text_config
-        entries.append(
-            Entry(
-                released,
-                tuple(ours),
-                tuple(tuple(expected[name].shape) for name in ours),
-                part.num_key_value_heads,
-                getattr(part, "head_dim", None) or part.hidden_size // part.num_attention_heads,
-                optional=ours == ["language_model.lm_head.weight"] and config.text_config.tie_word_embeddings,
-            )
-        )
+        is_tied = ours == ["language_model.lm_head.weight"] and config.text_config.tie_word_embeddings
+        entries.append(_entry(released, ours, expected, part, is_tied))
     return entries
+
+
+def llm_layout(config: PreTrainedConfig) -> list[Entry]:
+    """As `layout`, of a bare InternLM2 of this (Llama's) config, without a HoVLE around it."""
+    with torch.device("meta"):
+        expected = LlamaForCausalLM(config).state_dict()
+    groups: dict[str, list[str]] = {}
+    for name in expected:
+        released = _renamed(f"language_model.{name}", _INTERNLM2).removeprefix("language_model.")
+        groups.setdefault(released, []).append(name)
+    return [
+        _entry(released, ours, expected, config, ours == ["lm_head.weight"] and config.tie_word_embeddings)
+        for released, ours in groups.items()
+    ]
+
+
+def _entry(
+    released: str, ours: list[str], expected: Mapping[str, Tensor], part: PreTrainedConfig, is_tied: bool
+) -> Entry:
+    ours.sort(key=lambda name: (".q_proj." not in name, ".k_proj." not in name))  # q, then k, then v
+    return Entry(
+        released,
+        tuple(ours),
+        tuple(tuple(expected[name].shape) for name in ours),
+        part.num_key_value_heads,
+        getattr(part, "head_dim", None) or part.hidden_size // part.num_attention_heads,
+        optional=is_tied,
+    )
 
 
 def _renamed(name: str, rules: Mapping[str, str]) -> str:

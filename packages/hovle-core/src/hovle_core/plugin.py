@@ -1,9 +1,10 @@
-"""Core's own plugin, through the same door as anyone's: default backbone and tokenizer, and its commands."""
+"""Core's own plugin, through the same door as anyone's: default backbone and tokenizers, and its commands."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def hovle_backbones() -> list[Spec]:
         Spec(
             "transformers",
             "hovle_core.backbones:TransformersBackbone",
-            summary="any causal LM that transformers can load: path=DIRECTORY or Hub id",
+            summary="any causal LM that transformers can load, GGUF and InternLM2: path=DIRECTORY, Hub id or FILE.gguf",
         )
     ]
 
@@ -32,9 +33,19 @@ def hovle_tokenizers() -> list[Spec]:
         Spec(
             "transformers",
             "hovle_core.backbones:TransformersTokenizer",
-            summary="any tokenizer that transformers can load: path=DIRECTORY or Hub id",
-        )
+            summary="any tokenizer that transformers can load, and GGUF's: path=DIRECTORY, Hub id or FILE.gguf",
+        ),
+        Spec(
+            "tiktoken",
+            "hovle_core.backbones:TiktokenTokenizer",
+            summary="a tiktoken vocabulary: path=FILE.tiktoken, pattern, special_tokens, eos_token",
+        ),
     ]
+
+
+@hookimpl(trylast=True)
+def hovle_build_model(build: Callable[[], Any]) -> Any:
+    return build()
 
 
 @hookimpl

@@ -116,6 +116,7 @@ def train(recipe: Recipe, local: bool = False, console: Console | None = None) -
     """
     import torch
     from rich.console import Console
+    from rich.text import Text
     from transformers.utils import logging
 
     from hovle_train.failure import Stopped
@@ -146,6 +147,13 @@ def train(recipe: Recipe, local: bool = False, console: Console | None = None) -
     console.print(
         f"{recipe.stage.name}: {summary['seconds']:.0f} s  {numbers}", highlight=False, soft_wrap=True
     )
+    for name, error in summary.get("observer_errors", {}).items():
+        console.print(
+            f"[yellow]warning:[/] observer {name!r} failed {error['count']} times, and has missed that much; first: ",
+            Text(error["first"]),
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def dry_run_pipeline(pipeline: Pipeline, recipes: Mapping[str, Recipe], plugins: HovlePlugins) -> None:
@@ -184,10 +192,12 @@ def dry_run(recipe: Recipe, plugins: HovlePlugins) -> None:
     from hovle_train.freeze import freeze_except
     from hovle_train.loop import Trainer
     from hovle_train.runtime import Runtime
+    from hovle_train.wrappers import wrap_model
 
     trainer = Trainer(recipe, plugins, Runtime())
     module, trainer.processor = trainer.stage.build()
     freeze_except(module, trainer.stage.trainable(module))
+    module = wrap_model(plugins, module, recipe.model.wrappers)
     ledger = Ledger(None, max_share=recipe.data.max_quarantine_share)
     with trainer.loader(ledger).iterate(0, 1) as first_step:
         ((_, batches, _),) = first_step

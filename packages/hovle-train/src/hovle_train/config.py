@@ -68,6 +68,8 @@ class ModelConfig(Section):
     # Fields of HolisticEmbeddingConfig; width, heads and vocabulary come from the LLM where they are not given.
     embedding: dict[str, Any] = {}
     image: ImageConfig = ImageConfig()
+    # Settings of plugins that wrap the model while it trains (hovle_build_model), by the plugin's name.
+    wrappers: dict[str, Any] = {}
     attention: str = "hovle_packed"
     activation_checkpointing: bool = False
 
@@ -297,11 +299,6 @@ class LanguageConfig(Section):
     max_perplexity: float | None = Field(None, gt=1)
 
 
-class ObserversConfig(Section):
-    wandb: Literal["offline", "online", "disabled"] = "offline"
-    project: str = "hovle"
-
-
 class Recipe(Section):
     """A run of one stage. `run_dir` holds all it writes; the same recipe and folder resume it."""
 
@@ -315,7 +312,8 @@ class Recipe(Section):
     language: LanguageConfig | None = None
     resources: ResourcesConfig = ResourcesConfig()
     parallel: ParallelConfig = ParallelConfig()
-    observers: ObserversConfig = ObserversConfig()
+    # Settings of plugins that observe runs, by the plugin's name; they know their own fields.
+    observers: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _every_phase_of_the_schedule_has_steps(self) -> "Recipe":
@@ -357,7 +355,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _a_pool_has_a_teacher(self) -> "Recipe":
-        if self.resources.teacher_pool is not None and "teacher" not in self.stage.options:
+        if self.resources.teacher_pool is None:
+            return self
+        if self.stage.options.get("teachers"):
+            raise ValueError(
+                "resources.teacher_pool runs one teacher, and stage.options.teachers is a list of them: leave the pool "
+                "out, or name one as stage.options.teacher"
+            )
+        if "teacher" not in self.stage.options:
             raise ValueError(
                 f"resources.teacher_pool does nothing in stage {self.stage.name!r}, which names no teacher: leave it "
                 "out"

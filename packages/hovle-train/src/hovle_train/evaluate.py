@@ -25,6 +25,7 @@ from hovle_train.features import to_student_grid
 from hovle_train.runtime import resolve_precision
 from hovle_train.stages.base import model_inputs
 from hovle_train.stages.distillation import HEAD_FILE
+from hovle_train.teachers import JoinedHeads, load_heads, widths
 
 Progress = Callable[[int, int], None]
 MAX_TOKENS = 4096
@@ -134,12 +135,14 @@ def image_cosine(
     tiles: np.ndarray,
     batch_size: int = 64,
 ) -> float:
-    """Mean cosine of the distillation head's output to the teacher's centred features, over tiles `[N, S, S, 3]`.
+    """Mean cosine of the distillation head's output to the teacher's centred features, over tiles `[N, S, S, 3]`;
+    of joined teachers (`hovle_train.teachers`) the mean over teachers.
 
     `checkpoint` is the folder of a finished distillation, whose head and feature mean are used.
     """
     head, mean = load_head(checkpoint)
     head, mean = head.to(_device(model)), mean.to(_device(model))
+    sizes = widths(teacher) if isinstance(head, JoinedHeads) else [len(mean)]
     total, count = 0.0, 0
     with evaluating(model):
         for start in range(0, len(tiles), batch_size):
@@ -153,8 +156,9 @@ def image_cosine(
             features = teacher.connected_features if isinstance(head, nn.Identity) else teacher.features
             target = to_student_grid(features(pixels), processor.tokens_per_tile).flatten(0, 1)
             target = target[:, -len(mean) :] - mean  # of joined layers, the one that the output learnt
-            total += float(F.cosine_similarity(student.float(), target, dim=-1).sum())
-            count += len(target)
+            for x, z in zip(student.float().split(sizes, -1), target.split(sizes, -1), strict=True):
+                total += float(F.cosine_similarity(x, z, dim=-1).sum())
+                count += len(z)
     return total / count
 
 
@@ -177,7 +181,11 @@ def load_head(checkpoint: Path) -> tuple[nn.Module, Tensor]:
     """The distillation head of a finished run and the feature mean. Raises FileNotFoundError where there is none."""
     tensors = load_file(checkpoint / HEAD_FILE)
     mean = tensors.pop("mean")
-    weights = {name.removeprefix("head."): tensor for name, tensor in tensors.items()}
+    head = load_heads({name.removeprefix("head."): tensor for name, tensor in tensors.items()}, _one_head)
+    return head.eval(), mean
+
+
+def _one_head(weights: dict[str, Tensor]) -> nn.Module:
     if not weights:  # the teacher's connector took its place
         head: nn.Module = nn.Identity()
     elif "weight" in weights:
@@ -186,4 +194,4 @@ def load_head(checkpoint: Path) -> tuple[nn.Module, Tensor]:
         first, last = weights["0.weight"], weights["2.weight"]
         head = nn.Sequential(nn.Linear(*first.shape[::-1]), nn.GELU(), nn.Linear(*last.shape[::-1]))
     head.load_state_dict(weights)
-    return head.eval(), mean
+    return head

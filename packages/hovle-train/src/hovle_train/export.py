@@ -18,6 +18,7 @@ from hovle_train.checkpoint import sync_folder
 from hovle_train.lineage import parent_of
 from hovle_train.metrics import read_metrics
 from hovle_train.runs import FINAL, FINAL_EMA, METRICS_FILE, REJECTED, RUN_CARD, SUMMARY_FILE
+from hovle_train.wrappers import unwrap_model
 
 if TYPE_CHECKING:
     from hovle_train.loop import Trainer
@@ -91,15 +92,16 @@ def export_final(trainer: "Trainer") -> None:
     write_json(folder / SUMMARY_FILE, card)
     os.replace(temporary, folder / FINAL)
     shutil.rmtree(trainer.checkpoints, ignore_errors=True)
-    trainer.plugins.manager.hook.hovle_on_checkpoint(
-        run=trainer.run_info, step=trainer.recipe.train.steps - 1, path=folder / FINAL
-    )
+    trainer.observers.on_checkpoint(trainer.recipe.train.steps - 1, folder / FINAL)
+    if trainer.observers.errors:
+        write_json(folder / SUMMARY_FILE, {**card, "observer_errors": trainer.observers.errors})
 
 
 def _write(trainer: "Trainer", module: nn.Module, folder: Path) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
+        unwrap_model(trainer.plugins, module, trainer.recipe.model.wrappers, folder)
         trainer.stage.export(module, trainer.processor, folder)
         card = summary(trainer) | {"language": trainer.gate.measure_after(folder)}
         (folder / RUN_CARD).write_text(json.dumps(card, indent=1))

@@ -41,6 +41,7 @@ from hovle_train.lineage import (
     weights_hash,
 )
 from hovle_train.metrics import MetricsWriter, Window, truncate_metrics
+from hovle_train.observers import Observers
 from hovle_train.optim import build_optimizers, lr_share, set_lr
 from hovle_train.parallel import Parallel, make_parallel
 from hovle_train.runs import CHECKPOINTS, METRICS_FILE, RECIPE_FILE, STATUS_FILE, Run, is_finished
@@ -49,6 +50,7 @@ from hovle_train.sharded import whole
 from hovle_train.speed import Speed
 from hovle_train.stages.base import Stage
 from hovle_train.storage import RemoteRun
+from hovle_train.wrappers import wrap_model
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,7 @@ class Trainer:
             "stage", recipe.stage.name, recipe=recipe, registry=plugins.registry
         )
         self.run_info = Run(recipe.path, recipe.stage.name, recipe.model_dump(mode="json"))
+        self.observers = Observers(plugins, self.run_info)
         self.checkpoints = recipe.path / CHECKPOINTS
         self.dtype = resolve_precision(recipe.train.precision, runtime.device)
         self.speed = Speed(runtime.device, self.dtype)
@@ -159,6 +162,7 @@ class Trainer:
             i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None
         )
         freeze_except(self.module, self.stage.trainable(self.module))
+        self.module = wrap_model(self.plugins, self.module, self.recipe.model.wrappers)
         drop_path = self.recipe.train.drop_path
         self.drop_path = (
             None
@@ -304,7 +308,7 @@ class Trainer:
         if writer is not None:
             metrics |= self.speed.mfu(metrics["tokens_per_s"], self.runtime.world_size)
             writer.write(step, metrics)
-            self.plugins.manager.hook.hovle_on_log(run=self.run_info, step=step, metrics=metrics)
+            self.observers.on_log(step, metrics)
         window.reset()
 
     def save(self, step: int, data_state: State) -> None:
@@ -335,7 +339,7 @@ class Trainer:
             path = checkpoint.save(self.checkpoints, step, tensors, state, keep)
             if self.remote is not None:
                 self.remote.push(path, self.recipe.path, keep)
-            self.plugins.manager.hook.hovle_on_checkpoint(run=self.run_info, step=step, path=path)
+            self.observers.on_checkpoint(step, path)
             Ledger.merge(self.recipe.path)
         self.runtime.report({"step": step}, path)
         if self.stopping:

@@ -1,44 +1,58 @@
-"""W&B as an observer of runs, through the same hook as anyone's. Offline unless a recipe says otherwise."""
+"""Observers of runs: plugins that are told of metrics and checkpoints. None of them can end a run."""
 
-import hashlib
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from hovle_core.plugins import HovlePlugins
+from hovle_core.registry import did_you_mean
 from hovle_train.runs import Run
 
+logger = logging.getLogger(__name__)
 
-def log_to_wandb(run: Run, step: int, metrics: Mapping[str, Any]) -> None:
-    """Log to the run's W&B run, starting it on the first call; a resumed run continues the same one."""
-    settings = run.recipe["observers"]
-    if settings["wandb"] == "disabled":
-        return
-    import wandb
-
-    if wandb.run is None or wandb.run.id != _id(run):
-        if wandb.run is not None:
-            wandb.finish()
-        wandb.init(
-            project=settings["project"],
-            name=run.dir.name,
-            id=_id(run),
-            resume="allow",
-            mode=settings["wandb"],
-            dir=str(run.dir),
-            config=run.recipe,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-    wandb.log(dict(metrics), step=step)
+HOOKS = ("hovle_on_log", "hovle_on_checkpoint")
 
 
-def finish_wandb(run: Run) -> None:
-    """Close the run's W&B run, if this process has it open."""
-    if run.recipe["observers"]["wandb"] == "disabled":
-        return
-    import wandb
+class Observers:
+    """Calls the observer hooks of each plugin by itself. One that raises is named once, counted, and called again.
 
-    if wandb.run is not None and wandb.run.id == _id(run):
-        wandb.finish()
+    `errors`: plugin -> how often it raised and what it said first, for the run's summary. Raises ValueError for
+    settings in the recipe's `observers` of a plugin that observes nothing.
+    """
 
+    def __init__(self, plugins: HovlePlugins, run: Run):
+        self.plugins, self.run = plugins, run
+        self.errors: dict[str, dict[str, Any]] = {}
+        hooks = [getattr(plugins.manager.hook, hook) for hook in HOOKS]
+        self.names = sorted({impl.plugin_name for hook in hooks for impl in hook.get_hookimpls()})
+        for name in run.recipe["observers"]:
+            if name not in self.names:
+                raise ValueError(
+                    f"observers.{name}: no installed plugin of that name observes runs"
+                    f"{did_you_mean(name, self.names)} (observers: {', '.join(self.names) or 'none'}); "
+                    "install it, or leave the setting out"
+                )
 
-def _id(run: Run) -> str:
-    return hashlib.sha256(str(run.dir.resolve()).encode()).hexdigest()[:12]
+    def on_log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._call("hovle_on_log", step=step, metrics=metrics)
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        self._call("hovle_on_checkpoint", step=step, path=path)
+
+    def _call(self, hook: str, **kwargs: Any) -> None:
+        for name in self.names:
+            try:
+                self.plugins.call_one(name, hook, run=self.run, **kwargs)
+            except (Exception, SystemExit) as error:
+                self._count(name, hook, error)
+
+    def _count(self, name: str, hook: str, error: BaseException) -> None:
+        if name not in self.errors:
+            message = f"{hook}: {type(error).__name__}: {error}"
+            logger.warning(
+                "observer %r of %s failed, and the run goes on without what it missed: %s",
+                name, self.plugins.versions[name], message, exc_info=error,
+            )  # fmt: skip
+            self.errors[name] = {"count": 0, "first": message}
+        self.errors[name]["count"] += 1

@@ -1,7 +1,5 @@
-"""Train's plugin: the stages, `hovle train`, `runs` and `submit`, and W&B as an observer."""
+"""Train's plugin: the stages, `hovle train`, `runs` and `submit`."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from hovle_core.hookspecs import hookimpl
@@ -33,18 +31,3 @@ def hovle_commands(cli: Any) -> None:
     add_train_parser(cli)
     add_runs_parser(cli)
     add_submit_parser(cli)
-
-
-@hookimpl
-def hovle_on_log(run: Any, step: int, metrics: Mapping[str, float]) -> None:
-    from hovle_train.observers import log_to_wandb
-
-    log_to_wandb(run, step, metrics)
-
-
-@hookimpl
-def hovle_on_checkpoint(run: Any, step: int, path: Path) -> None:
-    from hovle_train.observers import finish_wandb
-
-    if path == run.final:
-        finish_wandb(run)

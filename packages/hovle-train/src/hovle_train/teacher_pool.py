@@ -37,8 +37,8 @@ class Teacher:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.teacher.to(self.device)
 
-    def feature_size(self) -> int:
-        return self.teacher.feature_size
+    def layer_sizes(self) -> list[int]:
+        return list(self.teacher.layer_sizes)
 
     def features(self, tiles: np.ndarray) -> np.ndarray:
         """uint8 `[n, 3, S, S]` -> float32 `[n, h, w, C]`."""
@@ -82,10 +82,15 @@ class PooledTeacher(TeacherEncoder):
         super().__init__()
         self._actors: list[Any] = [ray.get_actor(name) for name in names]
         self._turn = itertools.cycle(self._actors)
-        self.feature_size = int(ray.get(self._actors[0].feature_size.remote()))
+        self._layer_sizes: list[int] = ray.get(self._actors[0].layer_sizes.remote())
+        self.feature_size = sum(self._layer_sizes)
         # Tile -> its sample's answer, its row there, and how often it was asked for and not yet taken.
         self._asked: dict[bytes, tuple[Any, int, int]] = {}
         self._lock: threading.Lock = threading.Lock()  # data threads ask, the step takes
+
+    @property
+    def layer_sizes(self) -> Sequence[int]:
+        return self._layer_sizes
 
     def ask(self, tiles: np.ndarray) -> None:
         """Start on the tiles of one sample, uint8 `[n, S, S, 3]`."""

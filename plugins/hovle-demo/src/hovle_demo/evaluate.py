@@ -25,6 +25,8 @@ from hovle_data.shards import ShardSource
 from hovle_demo.questions import DESCRIBE_QUESTION, NAME_QUESTIONS
 from hovle_demo.report import Example, Row
 from hovle_train import evaluate as metrics
+from hovle_train.stages.distillation import DistillationOptions
+from hovle_train.teachers import build_teacher
 
 Progress = Callable[[str, int, int], None]
 
@@ -66,12 +68,15 @@ def evaluate(
     runs: Path,
     shards: Path,
     llm: Path,
-    teacher: dict[str, Any],
+    distillation: dict[str, Any],
     registry: Registry,
     seed: int,
     progress: Progress,
 ) -> Evaluation:
-    """Score the stages in `runs` (folders with `final/`) on the test sets in `shards`."""
+    """Score the stages in `runs` (folders with `final/`) on the test sets in `shards`.
+
+    `distillation` are the options of that stage, which name the teacher or teachers.
+    """
     result = Evaluation()
     finished = {stage: Models.load(runs / stage / "final") for stage in STAGES}
     last = finished["instruction_tuning"]
@@ -80,7 +85,9 @@ def evaluate(
     _easy_vqa(result, last, shards, seed, progress)
     _emoji(result, last, shards, progress)
     _flags(result, last, shards, seed)
-    _teachers(result, finished["distillation"], runs / "distillation" / "final", shards, teacher, registry)
+    _teachers(
+        result, finished["distillation"], runs / "distillation" / "final", shards, distillation, registry
+    )
     _language(result, finished, llm, shards)
     return result
 
@@ -239,10 +246,11 @@ def _flags(result: Evaluation, models: Models, shards: Path, seed: int) -> None:
 
 
 def _teachers(
-    result: Evaluation, models: Models, checkpoint: Path, shards: Path, teacher: dict, registry: Registry
+    result: Evaluation, models: Models, checkpoint: Path, shards: Path, options: dict, registry: Registry
 ) -> None:
     """After distillation, on pictures and prose that no stage has seen."""
-    encoder = registry.build("teacher", teacher["name"], **teacher.get("options", {})).eval()
+    teachers = DistillationOptions.model_validate(options).all_teachers
+    encoder = build_teacher(teachers, registry, models.processor.tokens_per_tile)
     pictures = [*ShardSource(shards / "emoji_test")]
     seen: dict[bytes, None] = {sample.images[0]: None for sample in ShardSource(shards / "vqa_test_open")}
     unique = [sample.images[0] for sample in pictures] + list(seen)[:500]

@@ -119,9 +119,10 @@ def _evaluate(
 ) -> Evaluation:
     """The LLM to compare with is the one that distillation started from, the teacher its teacher."""
     llm = Path(resolve_checkpoint(str(parent_of(distillation))))
-    teacher = distillation.stage.options["teacher"]
     with clock.phase("evaluate"), _bars(console) as progress:
-        return evaluate(out, out / "prepared" / "shards", llm, teacher, registry, SEED, progress)
+        return evaluate(
+            out, out / "prepared" / "shards", llm, distillation.stage.options, registry, SEED, progress
+        )
 
 
 def _trained_at(out: Path) -> str:

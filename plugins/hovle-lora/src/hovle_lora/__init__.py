@@ -1,0 +1,1 @@
+"""LoRA adapters in HoVLE training runs, merged on export."""

@@ -1,0 +1,1 @@
+"""Vision towers of transformers models as HoVLE distillation teachers."""

@@ -1,0 +1,1 @@
+"""W&B as an observer of HoVLE runs."""
