@@ -29,7 +29,7 @@ def settings(given: Any) -> dict[str, Any]:
 def add_adapters(
     model: nn.Module,
     r: int = 16,
-    alpha: float | None = None,
+    alpha: int | None = None,
     dropout: float = 0.0,
     target_modules: str = LLM_PROJECTIONS,
     freeze: Sequence[str] = ("language_model.",),

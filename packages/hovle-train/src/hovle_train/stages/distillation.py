@@ -92,7 +92,7 @@ class Distillation(Stage):
 
     name = "distillation"
     Options = DistillationOptions
-    target_kinds = ("image_cosine", "text_cosine")
+    target_kinds: tuple[str, ...] = ("image_cosine", "text_cosine")
 
     def __init__(self, recipe: Recipe, registry: Registry):
         super().__init__(recipe, registry)
