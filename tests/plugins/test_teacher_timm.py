@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from hovle_core.feature_maps import joined_maps
 from hovle_core.roles import TeacherEncoder
 from hovle_teacher_timm import plugin, weights
 from hovle_teacher_timm.teacher import TimmTeacher
@@ -224,7 +225,7 @@ def test_grids_are_resampled_as_declared(resample: str, expected) -> None:
     teacher = tiny_vit(grid=2, resample=resample)
     cells = torch.tensor([[1.0, 3.0], [5.0, 7.0]])
     features = cells.repeat_interleave(2, 0).repeat_interleave(2, 1).expand(1, 64, 4, 4)
-    small = teacher._joined([features])[0, 0]
+    small = joined_maps([features], teacher.grid, teacher.resample)[0, 0]
     if expected is not None:
         assert small.tolist() == expected
     else:  # antialiased: the neighbours have a share, and the middle stays in the middle

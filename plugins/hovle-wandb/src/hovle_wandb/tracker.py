@@ -11,7 +11,7 @@ MODES = ("offline", "online", "disabled")
 DEFAULTS = {"mode": "offline", "project": "hovle"}
 
 
-def settings(run: Any) -> dict[str, str]:
+def settings(run: Any) -> dict[str, Any]:
     """`observers.wandb` of the run's recipe; a mode that it does not give is `WANDB_MODE`'s, or offline.
 
     Raises ValueError for a field or a mode that does not exist.
@@ -24,7 +24,7 @@ def settings(run: Any) -> dict[str, str]:
             raise ValueError(
                 f"observers.wandb has no {name!r}{did_you_mean(name, DEFAULTS)} (it has {', '.join(DEFAULTS)})"
             )
-    merged = {**DEFAULTS, **given}
+    merged: dict[str, Any] = {**DEFAULTS, **given}
     if "mode" not in given and (mode := os.environ.get("WANDB_MODE")):
         merged["mode"] = mode
     if merged["mode"] not in MODES:

@@ -123,7 +123,7 @@ class Distillation(Stage):
     name = "distillation"
     Options = DistillationOptions
     reads = ("data.images", "data.texts", "data.text_tokens", *HOVLE_FIELDS)
-    target_kinds = ("image_cosine", "text_cosine")
+    target_kinds: tuple[str, ...] = ("image_cosine", "text_cosine")
     ask: Callable[[np.ndarray], None] | None = None  # of a pool, for the features of tiles `[n, S, S, 3]`
 
     def __init__(self, recipe: Recipe, registry: Registry):
