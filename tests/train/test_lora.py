@@ -53,7 +53,7 @@ def test_adapters_alone_are_saved_merged_and_resumed(precision, make_recipe, plu
     """peft is the oracle: the adapter on the model that the run started from is the finished model."""
 
     def recipe(name):
-        sections = {"train": {"precision": precision}, "optim": {"lr": 5e-2}}
+        sections = {"train": {"precision": precision, "steps": 4}, "optim": {"lr": 5e-2}}
         made = make_recipe("instruction_tuning", run_dir=str(tmp_path / name), **sections)
         made.model.wrappers = {"lora": ALONE}
         return made
@@ -116,16 +116,17 @@ def test_an_average_beside_has_adapters_of_its_own(make_recipe, plugins):
 
 def test_the_embedding_learns_to_see_through_adapters(make_recipe, plugins):
     """In distillation the module has a head around the HoVLE: names are the HoVLE's."""
-    recipe = make_recipe("distillation", train={"steps": 2})
+    options = {"teacher": {"name": "grid"}, "match_norms": False}
+    recipe = make_recipe("distillation", options, train={"steps": 2})
     target = r"embedding\.layers\..*(q|v)_proj"
     recipe.model.wrappers = {"lora": {"r": 2, "target_modules": target, "freeze": ["embedding."]}}
     Trainer(recipe, plugins, Runtime()).run()
     tensors = load_file(recipe.path / "final" / "adapter" / "adapter_model.safetensors")
     assert "base_model.model.embedding.layers.0.self_attn.q_proj.lora_A.weight" in tensors
     before, _ = build_hovle(recipe.model, plugins.registry, recipe.seed)
-    head = load_file(recipe.path / "final" / "distillation_head.safetensors")
-    assert set(head) == {"head.weight", "head.bias", "mean"}
-    assert before.state_dict().keys() == load_file(recipe.path / "final" / "model.safetensors").keys()
+    after = HovleForConditionalGeneration.from_pretrained(recipe.path / "final").state_dict()
+    changed = {name for name, tensor in before.state_dict().items() if not torch.equal(tensor, after[name])}
+    assert {name.split(".")[-2] for name in changed} == {"q_proj", "v_proj"}
 
 
 def test_nothing_is_said_before_a_step(make_recipe, plugins, tmp_path):
