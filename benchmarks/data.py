@@ -304,11 +304,14 @@ def memory(folder: Path, samples: int) -> dict[str, float]:
     ledger = Ledger(Ledger.rank_path(folder, 0), max_share=0.05)
     stream = PairStream(Mixture([(ShardSource(folder), 1)], 0), processor, 0, 1024, ledger)
     process = psutil.Process()
-    seen, before, files, most = 0, 0, process.num_fds(), 0
+    seen, before, told, files, most = 0, 0, 0, process.num_fds(), 0
     with RowLoader(stream, 2, 1024, 64, num_threads=WORKERS).iterate() as steps:
         for _, batches, _ in steps:
             seen += sum(len(batch.keys) for batch in batches)
             most = max(most, process.num_fds())
+            if seen >= told:
+                print(f"{seen} samples: {process.memory_info().rss >> 20} MiB", file=sys.stderr, flush=True)
+                told += samples // 10
             if not before and seen >= samples // 10:
                 gc.collect()
                 before = process.memory_info().rss
