@@ -296,19 +296,22 @@ def seek_ms(folder: Path, repeats: int = 9) -> float:
 def memory(folder: Path, samples: int) -> dict[str, float]:
     """Growth of resident memory between a tenth of the way and the end, decoding, tiling, tokenizing and packing pairs,
     with one picture in 200 cut in half; and the most files that were open more than at the start."""
-    pairs = [replace(sample, messages=None, text=ANSWER) for sample in photos(2000, side=56)]
+    pairs = [replace(sample, messages=None, text=QUESTION) for sample in photos(2000, side=56)]
     for i in range(0, len(pairs), 200):
         pairs[i] = replace(pairs[i], images=(pairs[i].images[0][: len(pairs[i].images[0]) // 2],))
     write_shards(pairs, folder)
-    processor = HovleProcessor(HovleImageProcessor(56, 1, 1), tiny_tokenizer([ANSWER]), tokens_per_tile=4)
+    processor = HovleProcessor(HovleImageProcessor(56, 1, 1), tiny_tokenizer([QUESTION]), tokens_per_tile=4)
     ledger = Ledger(Ledger.rank_path(folder, 0), max_share=0.05)
     stream = PairStream(Mixture([(ShardSource(folder), 1)], 0), processor, 0, 1024, ledger)
     process = psutil.Process()
-    seen, before, files, most = 0, 0, process.num_fds(), 0
+    seen, before, told, files, most = 0, 0, 0, process.num_fds(), 0
     with RowLoader(stream, 2, 1024, 64, num_threads=WORKERS).iterate() as steps:
         for _, batches, _ in steps:
             seen += sum(len(batch.keys) for batch in batches)
             most = max(most, process.num_fds())
+            if seen >= told:
+                print(f"{seen} samples: {process.memory_info().rss >> 20} MiB", file=sys.stderr, flush=True)
+                told += samples // 10
             if not before and seen >= samples // 10:
                 gc.collect()
                 before = process.memory_info().rss

@@ -45,7 +45,7 @@ from hovle_serve.engine import Engine, Request
 from hovle_serve.sampling import Sampling
 
 WIDTHS = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
-BLOCKS, LAYERS, POSITIONS = 4, 12, 4096
+BLOCKS, LAYERS, POSITIONS = 4, 8, 4096
 TILE, TOKENS_PER_TILE, MAX_TILES = 224, 64, 4
 CONCURRENT = 16
 WORDS = ["this", "is", "what", "a", "red", "blue", "square", "circle", "user", "assistant"]

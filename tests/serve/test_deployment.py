@@ -253,11 +253,13 @@ class Load:
 @pytest.mark.slow
 def test_an_update_under_load_loses_no_request(cluster, checkpoint, model, processor):
     args = {"model": str(checkpoint), "name": "tiny", "max_batch": 4}
-    cluster.deploy(args, tiny={})
+    one = {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}}
+    cluster.deploy(args, tiny=one)
+    until(lambda: len(cluster.replicas("tiny")) == 1)
     before = set(cluster.replicas("tiny") + cluster.replicas("gateway"))
     load = Load(cluster, clients=2, tokens=40)
     until(lambda: len(load.answers) > 4)
-    cluster.deploy({**args, "max_batch": 3, "limits": {"max_images": 7}}, tiny={})
+    cluster.deploy({**args, "max_batch": 3, "limits": {"max_images": 7}}, tiny=one)
     during = len(load.answers)
     until(lambda: len(load.answers) > during + 4)
     answers = load.stop()

@@ -32,8 +32,10 @@ def test_answers_are_what_the_schema_says(model, processor, examples):
     with Engine(model, processor, max_cache_tokens=100) as engine:
         schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(engine, "tiny"))
         for found in schema.get_all_operations():
-            for mode in GenerationMode:
-                checked(found.ok(), mode, examples, statuses)
+            operation = found.ok()
+            checked(operation, GenerationMode.POSITIVE, examples, statuses)
+            if operation.body:  # nothing else can be wrong about a request here
+                checked(operation, GenerationMode.NEGATIVE, examples, statuses)
         assert engine.num_active == engine.num_waiting == 0
     print(dict(statuses))
     assert statuses["POST /v1/chat/completions 200"]

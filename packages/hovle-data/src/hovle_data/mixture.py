@@ -108,9 +108,12 @@ class Mixture:
         number = bisect_right(self.phases, k, key=lambda phase: phase.start) - 1
         start, counts, before = self.phases[number]
         block, position = divmod(k - start, sum(counts))
-        of_source, ordinals = _block(counts, _phase_seed(self.seed, number), block)
-        j = int(of_source[position])
-        walked = before[j] + block * counts[j] + int(ordinals[position])
+        if sum(counts) == 1:  # one source: there is nothing to shuffle, and every position would be a block
+            j, ordinal = counts.index(1), 0
+        else:
+            of_source, ordinals = _block(counts, _phase_seed(self.seed, number), block)
+            j, ordinal = int(of_source[position]), int(ordinals[position])
+        walked = before[j] + block * counts[j] + ordinal
         _, i = position_to_index(walked, len(self.sources[j]), hash64("source", self.seed, j))
         return j, i
 

@@ -57,4 +57,4 @@ def use_plain_gradients(module: nn.Module) -> None:
     """Undo use_contiguous_gradients."""
     for linear in module.modules():
         if type(linear) is ContiguousLinear:
-            linear.__class__ = nn.Linear
+            linear.__class__ = nn.Linear  # type: ignore[assignment]

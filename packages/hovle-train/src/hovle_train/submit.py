@@ -149,12 +149,16 @@ def _absolute(job: Recipe | Pipeline) -> Recipe | Pipeline:
 def follow(client: JobSubmissionClient, submission_id: str) -> int:
     """Print a job's log as it comes and, at its end, its state; returns its exit code, 1 where it has none.
 
-    Ctrl-C leaves the job running and says how to stop it.
+    Ctrl-C leaves the job running and says how to stop it. Raises ValueError where the connection is lost.
     """
     try:
         asyncio.run(_print_log(client, submission_id))
         while not (status := client.get_job_status(submission_id)).is_terminal():
             time.sleep(POLL_S)
+    except (ConnectionError, RuntimeError) as error:
+        raise ValueError(
+            f"lost sight of {submission_id}, which may go on: {error}; see ray job status"
+        ) from None
     except KeyboardInterrupt:
         print(f"\n{submission_id} goes on; stop it with: ray job stop {submission_id}", flush=True)
         raise

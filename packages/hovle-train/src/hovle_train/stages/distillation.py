@@ -283,7 +283,7 @@ class Distillation(Stage):
                     continue
                 for cut in images:
                     keys += [f"{mixture.names[j]}/{sample.key}#{n}" for n in range(len(cut))]
-                    tiles.append(cut)
+                    tiles.append(np.ascontiguousarray(cut))  # channels last: convolutions are fastest
                 if len(keys) >= TEACHER_BATCH:
                     yield keys, torch.from_numpy(np.concatenate(tiles)).permute(0, 3, 1, 2)
                     keys, tiles = [], []
