@@ -37,7 +37,7 @@ def build_optimizers(
     for pattern in config.lr_factors:
         if not any(fnmatchcase(name, pattern) for name, _ in named):
             raise ValueError(f"optim.lr_factors: no trainable parameter matches {pattern!r}")
-    muon = [(name, p) for name, p in named if config.name == "muon" and _is_block_matrix(name, p)]
+    muon = [(name, p) for name, p in named if config.name == "muon" and is_block_matrix(name, p)]
     muon_names = {name for name, _ in muon}
     rest = [(name, p) for name, p in named if name not in muon_names]
     optimizers: list[torch.optim.Optimizer] = []
@@ -56,7 +56,8 @@ def set_lr(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
             group["lr"] = group["peak_lr"] * share
 
 
-def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
+def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon, where it is chosen, updates this parameter."""
     return parameter.ndim == 2 and (".layers." in name or "pixel_shuffle_proj" in name)
 
 

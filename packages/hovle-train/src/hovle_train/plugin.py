@@ -1,4 +1,4 @@
-"""Train's plugin: the stages, `hovle train`, `runs` and `submit`."""
+"""Train's plugin: the stages, recipes of real models, `hovle train`, `plan`, `runs` and `submit`."""
 
 from typing import Any
 
@@ -23,11 +23,27 @@ def hovle_stages() -> list[Spec]:
 
 
 @hookimpl
+def hovle_recipes() -> list[Spec]:
+    summaries = {
+        "distillation": "the embedding learns to see",
+        "alignment": "and to write what the LLM reads",
+        "instruction_tuning": "and to answer",
+    }
+    return [
+        Spec(f"{model}/{stage}", f"hovle_train:recipes/{model}/{stage}.yaml", summary=f"{summary}, on {llm}")
+        for model, llm in (("hovle-2.6b", "InternLM2-1.8B"), ("hovle-10b", "InternLM2-7B"))
+        for stage, summary in summaries.items()
+    ]
+
+
+@hookimpl
 def hovle_commands(cli: Any) -> None:
     from hovle_train.commands import add_train_parser
+    from hovle_train.plan_command import add_plan_parser
     from hovle_train.runs_command import add_runs_parser
     from hovle_train.submit import add_submit_parser
 
     add_train_parser(cli)
+    add_plan_parser(cli)
     add_runs_parser(cli)
     add_submit_parser(cli)

@@ -82,6 +82,11 @@ class Stage(ABC):
     def build(self) -> tuple[nn.Module, HovleProcessor]:
         """The module that the loop trains (float32, on the CPU) and the processor."""
 
+    def wrap(self, model: HovleForConditionalGeneration) -> nn.Module:
+        """What `build` gives of a HoVLE: itself, unless a stage puts something around it. `hovle plan` calls it with a
+        model on the meta device."""
+        return model
+
     @abstractmethod
     def trainable(self, module: Any) -> Sequence[str]:
         """Prefixes of parameter names that train; everything else is frozen and in eval."""
@@ -156,7 +161,8 @@ class NextTokenStage(Stage):
     """What alignment and instruction tuning share: a HoVLE, and next-token prediction on targets."""
 
     def build(self) -> tuple[nn.Module, HovleProcessor]:
-        return build_hovle(self.recipe.model, self.registry, self.recipe.seed)
+        model, processor = build_hovle(self.recipe.model, self.registry, self.recipe.seed)
+        return self.wrap(model), processor
 
     def targets(self, module: HovleForConditionalGeneration, batch: PackedBatch) -> dict[str, int]:
         return {"loss": batch.num_target_tokens}
