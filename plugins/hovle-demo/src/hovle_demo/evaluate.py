@@ -25,7 +25,7 @@ from hovle_data.shards import ShardSource
 from hovle_demo.questions import DESCRIBE_QUESTION, NAME_QUESTIONS
 from hovle_demo.report import Example, Row
 from hovle_train import evaluate as metrics
-from hovle_train.stages.distillation import DistillationOptions
+from hovle_train.stages.distillation_options import DistillationOptions
 from hovle_train.teachers import build_teacher
 
 Progress = Callable[[str, int, int], None]
