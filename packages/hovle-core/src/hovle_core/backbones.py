@@ -16,6 +16,7 @@ from transformers import (
 from hovle_core.hub import local_folder
 from hovle_core.llm_files import (
     GGUF,
+    PUBLISHED_INTERNLM2,
     gguf_config,
     gguf_model,
     gguf_tokenizer,
@@ -23,7 +24,7 @@ from hovle_core.llm_files import (
     internlm2_model,
     internlm2_tokenizer,
 )
-from hovle_core.official import INTERNLM2
+from hovle_core.official import INTERNLM2, llm_config_from_released
 from hovle_core.processor import add_image_tokens
 from hovle_core.roles import LLMBackbone, TokenizerProvider
 from hovle_core.tiktoken_file import tiktoken_tokenizer
@@ -57,6 +58,8 @@ class TransformersBackbone(LLMBackbone):
     def config(self) -> PreTrainedConfig:
         if self.gguf is not None:
             config = gguf_config(self.gguf)
+        elif self.path in PUBLISHED_INTERNLM2:
+            config = llm_config_from_released({**PUBLISHED_INTERNLM2[self.path], "model_type": INTERNLM2})
         elif _is_internlm2(self.path):
             config = internlm2_config(local_folder(self.path, weights=False))
         else:

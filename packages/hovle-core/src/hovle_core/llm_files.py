@@ -14,12 +14,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hovle_core.config import RELEASED_LLM
 from hovle_core.official import INTERNLM2, llm_config_from_released
 from hovle_core.official_processor import CHATML_END, load_tokenizer
 from hovle_core.official_tensors import check_released, llm_layout
 from hovle_core.tensor_files import TensorFiles
 
 GGUF = ".gguf"
+# What is known of them without a download.
+_LARGER = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+}  # fmt: skip
+PUBLISHED_INTERNLM2 = {
+    "internlm/internlm2-chat-1_8b": {**RELEASED_LLM, "vocab_size": 92544},
+    "internlm/internlm2-chat-7b": {**RELEASED_LLM, "vocab_size": 92544, **_LARGER},
+}
 
 
 def internlm2_config(folder: Path) -> PreTrainedConfig:

@@ -170,7 +170,9 @@ def _stack(stack: Any, x: Tensor, sample: float, checkpointing: bool) -> Cost:
     """All layers of a stack on `x [1, T, D]`; `sample` is the length of the samples in it."""
     layers = list(cast(Iterable[nn.Module], stack.layers))
     positions = torch.arange(x.shape[1], device="meta")[None]
-    rope = stack.rotary_emb(x, position_ids=positions)
+    # cos and sin: made here, for RoPE that depends on the length asks for the positions' values.
+    wide = (1, x.shape[1], 2 * stack.rotary_emb.inv_freq.shape[-1])
+    rope = (x.new_empty(wide), x.new_empty(wide))
     layer = layers[-1]  # gradients reach its input where any layer learns
     inputs = x.detach().requires_grad_(x.requires_grad or any(p.requires_grad for p in stack.parameters()))
     one = measure(

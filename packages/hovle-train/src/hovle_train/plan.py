@@ -103,8 +103,8 @@ def plan_stage(
     gpu = GPUS[kind]
     if recipe.model.wrappers:
         raise ValueError(
-            f"model.wrappers {', '.join(recipe.model.wrappers)}: a plan does not know what they change; plan the recipe "
-            "without them"
+            f"model.wrappers {', '.join(recipe.model.wrappers)}: a plan does not know what they change; plan the "
+            "recipe without them"
         )
     stage: Stage = registry.build(
         "stage", recipe.stage.name, recipe=_unloaded(recipe, registry), registry=registry

@@ -80,9 +80,9 @@ class Distillation(Stage):
 
     def build(self) -> tuple[DistillationModule, HovleProcessor]:
         model, processor = build_hovle(self.recipe.model, self.registry, self.recipe.seed)
-        return self._with_heads(model), processor
+        return self.wrap(model), processor
 
-    def _with_heads(self, model: HovleForConditionalGeneration) -> DistillationModule:
+    def wrap(self, model: HovleForConditionalGeneration) -> DistillationModule:
         config, connected = model.config.embedding_config, self.options.head == "connector"
         centre = not connected if self.options.centre is None else self.options.centre
         # Not a part of the module: it never trains, and no checkpoint holds it.
