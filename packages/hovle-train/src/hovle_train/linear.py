@@ -55,6 +55,6 @@ def use_contiguous_gradients(module: nn.Module) -> None:
 
 def use_plain_gradients(module: nn.Module) -> None:
     """Undo use_contiguous_gradients."""
-    for linear in module.modules():
-        if type(linear) is ContiguousLinear:
-            linear.__class__ = nn.Linear  # type: ignore[assignment]
+    linears: list[nn.Linear] = [m for m in module.modules() if type(m) is ContiguousLinear]
+    for linear in linears:
+        linear.__class__ = nn.Linear
