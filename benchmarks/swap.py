@@ -30,7 +30,7 @@ from hovle_data.decode import decode_image
 from hovle_data.schema import Sample
 from hovle_data.shards import ShardSource
 from hovle_demo.meters import machine
-from hovle_demo.run import demo_recipe
+from hovle_demo.run import demo_pipeline
 from hovle_train import evaluate
 from hovle_train.loop import Trainer
 from hovle_train.runs import read_summary
@@ -56,7 +56,7 @@ def train(
 ) -> Path:
     """The demo's recipe of a stage with these overrides, run into `run`; returns its checkpoint."""
     given = [f"{stage}.{override}" for override in overrides]
-    recipe = demo_recipe(stage, args.data.parent, None, given, plugins)
+    recipe = demo_pipeline("small", args.data.parent, given, plugins.registry).recipes[stage]
     recipe.run_dir = str(run)
     Trainer(recipe, plugins, Runtime()).run()
     return run / "final"

@@ -1,4 +1,4 @@
-"""Contiguous products in the gradients of bfloat16 weights: the same bits, and only where they are wanted."""
+"""Contiguous products in the gradients of bfloat16 weights: as exact, and only where they are wanted."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def layer(outputs=WIDE, **options):
 
 @pytest.mark.parametrize("tokens", [(1, 1), (2, 37), (300,)])
 @pytest.mark.parametrize("outputs", [WIDE, 1051])
-def test_gradients_are_the_same_bits(tokens, outputs):
+def test_gradients_are_as_near(tokens, outputs):
     linear = layer(outputs)
     x, grad = (torch.randn(*tokens, n).to(torch.bfloat16) for n in (WIDE, outputs))
     made = []
@@ -28,8 +28,14 @@ def test_gradients_are_the_same_bits(tokens, outputs):
         made.append((out, linear.weight.grad, inputs.grad))
         use_contiguous_gradients(linear)
     assert type(linear) is ContiguousLinear
-    for plain, contiguous in zip(*made, strict=True):
-        assert torch.equal(plain, contiguous)
+    (out, plain, grad_x), (same_out, contiguous, same_grad_x) = made
+    assert torch.equal(out, same_out)
+    assert torch.equal(grad_x, same_grad_x)
+    # Other kernels sum in another order: which entries round the other way depends on shape, threads and CPU.
+    assert (plain != contiguous).double().mean() < 1e-3
+    exact = grad.flatten(0, -2).double().t() @ x.flatten(0, -2).double()
+    off = [float((found.double() - exact).norm()) for found in (plain, contiguous)]
+    assert off[1] <= 1.001 * off[0]
 
 
 def test_small_ones_those_with_a_bias_and_float32_stay():

@@ -90,7 +90,7 @@ def test_the_backbone_passes_and_its_mistake_is_reported_as_printed(parrot, capf
 
 def test_the_demos_distillation_trains_with_the_teacher(edges, world, tmp_path) -> None:
     """The command of the page on the demo's own recipe, with few steps over small data."""
-    from hovle_demo.run import demo_recipe
+    from hovle_demo.run import demo_pipeline
 
     (command,) = re.findall(r"`hovle demo --set (\S+)`", (DOCS / "plugins.md").read_text())
     out = tmp_path / "demo"
@@ -100,9 +100,8 @@ def test_the_demos_distillation_trains_with_the_teacher(edges, world, tmp_path) 
            "train.log_every=1", "train.precision=float32", "train.min_fill=0", "train.micro_batch_tokens=512",
            "optim.warmup_steps=1"]  # fmt: skip
     plugins = load_plugins()
-    recipe = demo_recipe(
-        "distillation", out, None, [command, *(f"distillation.{one}" for one in few)], plugins
-    )
+    overrides = [command, *(f"distillation.{one}" for one in few)]
+    recipe = demo_pipeline("small", out, overrides, plugins.registry).recipes["distillation"]
     assert recipe.stage.options["teacher"]["name"] == "edges"
     recipe.observers = {"wandb": "disabled"}
     Trainer(Recipe.model_validate(recipe.model_dump()), plugins, Runtime()).run()

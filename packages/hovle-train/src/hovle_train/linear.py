@@ -1,8 +1,9 @@
 """Linear layers whose weights' gradients are fast in bfloat16 on CPUs.
 
 The gradient of a weight is a product whose first matrix autograd passes transposed, as a view. oneDNN's bfloat16
-kernels take about twice as long for such a view as for its copy, so the copy pays for itself; the sums are the same,
-bit for bit. `Weights` does this for every bfloat16 run (benchmarks/train_step.py).
+kernels take about twice as long for such a view as for its copy, so the copy pays for itself; the sums are as
+near to the exact ones, and at most shapes the same bits. `Weights` does this for every bfloat16 run
+(benchmarks/train_step.py).
 
 Shapes: n tokens in all, I inputs, O outputs.
 """
