@@ -9,6 +9,7 @@ Shapes: T tokens of a row, E of them in the embedding blocks (more for HoVLE-HD)
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -140,9 +141,12 @@ def row_cost(module: nn.Module, row: Row, dtype: torch.dtype, checkpointing: boo
     if not isinstance(module, DistillationModule):
         return total + _llm(model.language_model, out, row, checkpointing)
     for head in (*module.block_heads, module.head):
-        image = out[0, :image_tokens]
-        total += measure(lambda head=head, image=image: _matched(head(image)), module)
+        total += measure(partial(_taught, head, out[0, :image_tokens]), module)
     return total + measure(lambda: _matched(out[0, image_tokens:]), module)
+
+
+def _taught(head: nn.Module, student: Tensor) -> Tensor:
+    return _matched(head(student))
 
 
 def _matched(student: Tensor) -> Tensor:
