@@ -110,7 +110,7 @@ def test_unequal_ranks_share_a_step_by_their_speed_and_compute_the_same(make_rec
         "instruction_tuning", run_dir=str(tmp_path / "shared"), train=train, resources=resources
     )
     run_ranks([{"recipe": shared.model_dump(mode="json"), "slow": [1, 0.004]}], tmp_path)
-    assert_same_run(shared, alone, 2e-3, 1e-2)
+    assert_same_run(shared, alone, 1e-2, 1e-2)  # who sums what follows the measured speeds
     shares = curve(shared, "largest_share")
     assert shares[0] == 0.5
     assert shares[-1] > 0.7
