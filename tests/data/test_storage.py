@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -79,10 +80,40 @@ def test_the_cache_is_bounded_forgets_the_oldest_and_sees_changes(tmp_path, memo
     assert files.clear() == 0
 
 
+def one_at_a_time(memory, monkeypatch):
+    """fsspec's memory file system hands all threads one file object, whose place in the file they share."""
+    lock, plain = threading.Lock(), type(memory).get_file
+
+    def get_file(self, *args, **kwargs):
+        with lock:
+            return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(memory), "get_file", get_file)
+
+
+def test_a_copy_that_did_not_arrive_whole_is_fetched_again(tmp_path, memory, pairs, monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
+    write_shards(pairs(4), tmp_path / "out")
+    upload(memory, tmp_path / "out", "/bucket/out")
+    source = ShardSource("memory://bucket/out", cache_gib=1)
+    plain, cut = type(memory).get_file, [100, 200]
+
+    def get_file(self, path, part, **kwargs):
+        plain(self, path, part, **kwargs)
+        if cut:
+            os.truncate(part, cut.pop())
+
+    FileCache(cache_folder() / "files", 0).clear()
+    monkeypatch.setattr(type(memory), "get_file", get_file)
+    assert source[2] == pairs(4)[2]
+    assert cut == []
+
+
 def test_a_copy_that_goes_before_it_is_opened_costs_no_sample(tmp_path, memory, pairs, monkeypatch):
     """Threads and ranks share a cache that is too small for them: each makes room while others are about to read."""
     write_shards(pairs(40), tmp_path / "out", samples_per_shard=4)
     upload(memory, tmp_path / "out", "/bucket/out")
+    one_at_a_time(memory, monkeypatch)
     source = ShardSource(
         "memory://bucket/out", cache_gib=1 / GIB
     )  # one byte: every shard drives out all others

@@ -91,6 +91,7 @@ def test_a_jobs_folder_is_enough(plugin_here, pipeline_file, tmp_path, monkeypat
     folder = tmp_path / "job"
     folder.mkdir()
     pack_workspace(folder, load_pipeline(pipeline_file, ["run_dir=here"], registry))
+    assert not list(folder.rglob("__pycache__"))
     script = (
         "import json, hovle_core, hovle_train; from hovle_core.plugins import load_plugins; p = load_plugins(); "
         "print(json.dumps([hovle_core.__file__, hovle_train.__file__, p.versions]))"
@@ -113,7 +114,6 @@ def test_a_jobs_folder_is_enough(plugin_here, pipeline_file, tmp_path, monkeypat
     recipes = load_pipeline(folder / "job.yaml", [], registry).recipes
     assert recipes["alignment"].run_dir == str(tmp_path / "here" / "alignment")
     assert recipes["alignment"].model.init_from == recipes["distillation"].run_dir
-    assert not list(folder.rglob("__pycache__"))
 
 
 @pytest.mark.parametrize(

@@ -67,10 +67,13 @@ class FileCache:
 
     def _download(self, fs: Any, path: str, copy: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._make_room(fs.size(path) or 0)
+        size = fs.size(path)
+        self._make_room(size or 0)
         part = copy.with_name(f"{copy.name}.{os.getpid()}-{token_hex(4)}.part")
         try:
             fs.get_file(path, str(part))
+            if size is not None and part.stat().st_size != size:
+                raise OSError(f"{path}: {part.stat().st_size} of {size} bytes arrived")
             part.replace(copy)
         finally:
             part.unlink(missing_ok=True)
