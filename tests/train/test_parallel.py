@@ -101,6 +101,7 @@ def test_two_ranks_with_fsdp2_are_one_process(make_recipe, plugins, tmp_path):
         assert_same_run(run, alone, *TOLERANCE[stage], steps=2 if stage == "alignment" else None)
 
 
+@pytest.mark.slow
 def test_unequal_ranks_share_a_step_by_their_speed_and_compute_the_same(make_recipe, plugins, tmp_path):
     train = {"steps": 24, "micro_batch_tokens": 48, "min_fill": 0}
     alone = make_recipe("instruction_tuning", run_dir=str(tmp_path / "alone"), train=train)
