@@ -8,7 +8,13 @@ from transformers import AttentionInterface, MistralConfig, MistralForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
-from hovle_core.attention import LONGEST_GROUPED_SAMPLE, PACKED_ATTENTION, Packing, check_packing
+from hovle_core.attention import (
+    LONGEST_GROUPED_SAMPLE,
+    PACKED_ATTENTION,
+    Packing,
+    _grouped_attention,
+    check_packing,
+)
 from hovle_core.losses import next_token_loss
 from hovle_core.testing import tiny_hovle, tiny_processor, tiny_tokenizer
 
@@ -180,6 +186,18 @@ def test_packed_samples_cannot_see_each_other(tokenizer, processor, samples):
         right = next_token_loss(model, inputs, labels)
         wrong = next_token_loss(model, {**inputs, "position_ids": None}, labels)
     assert abs(right - wrong) > 1e-3
+
+
+@pytest.mark.parametrize("length", [8, 100])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-2)])
+def test_groups_attend_in_their_own_precision(dtype, tolerance, length):
+    """Short groups go through float32 on a CPU, which must not round float64."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, length, 16, dtype=torch.float64).to(dtype)
+    out = _grouped_attention(q, k, v, None, 0.25, 0.0)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, scale=0.25)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), exact, atol=tolerance, rtol=tolerance)
 
 
 def test_packing_covers_every_token_once_and_long_samples_stand_alone():

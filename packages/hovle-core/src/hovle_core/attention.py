@@ -11,6 +11,7 @@ Shapes: T packed tokens, n samples in a group, L longest of them, H heads, K key
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,8 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 PACKED_ATTENTION = "hovle_packed"
 # Samples longer than this attend one by one through SDPA, whose memory is linear in L.
 LONGEST_GROUPED_SAMPLE = 192
-# Up to this length a CPU multiplies in float32: in bfloat16 oneDNN makes a kernel for every new shape of a group, which
-# takes three times as long as these small products (benchmarks/cpu_steps.py).
+# Up to this length a CPU multiplies in float32, under autocast, too: in bfloat16 oneDNN makes a kernel for every new
+# shape of a group, and groups are of a new shape in nearly every step.
 LONGEST_IN_FLOAT32 = 64
 # A group holds samples at least this share as long as its longest: bounds what padding wastes.
 GROUP_LENGTH_SHARE = 0.75
@@ -178,10 +179,11 @@ def _grouped_attention(
     if mask is None:
         mask = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
     dtype = q.dtype
-    if q.device.type == "cpu" and L <= LONGEST_IN_FLOAT32:
+    small = q.device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) and L <= LONGEST_IN_FLOAT32
+    if small:
         q, k, v = q.float(), k.float(), v.float()
     hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False) if small else nullcontext():
         weights = (torch.matmul(q * scaling, k.transpose(-1, -2)) + hidden).softmax(-1)
         return torch.matmul(F.dropout(weights, dropout) if dropout else weights, v).to(dtype)
 
