@@ -133,6 +133,31 @@ def test_errors_surface_in_the_consumer_at_their_step(stream, num_threads):
     assert wait_until_no_producer()
 
 
+def test_without_prefetch_nothing_is_read_ahead_and_the_steps_are_the_same(stream):
+    counting = Counting(stream)
+    with loader(stream).iterate(3, 6) as ahead, loader(counting, prefetch=0).iterate(3, 6) as inline:
+        assert counting.reads == 0
+        for n, (one, two) in enumerate(zip(inline, ahead, strict=True)):
+            assert one[0] == two[0] == 3 + n
+            assert [batch.keys for batch in one[1]] == [batch.keys for batch in two[1]]
+            assert one[2] > 0
+            assert counting.reads == 8 * (n + 1)
+    assert list(inline) == []
+
+
+def test_without_prefetch_errors_surface_at_their_step_and_closing_ends_it(stream):
+    steps = loader(Counting(stream, fail_at=8), prefetch=0).iterate(0, 10)
+    assert next(steps)[0] == 0
+    with pytest.raises(OSError, match="disk gone at 8"):
+        next(steps)
+    with pytest.raises(StopIteration):
+        next(steps)
+    closed = loader(stream, prefetch=0).iterate()
+    next(closed)
+    closed.close()
+    assert list(closed) == []
+
+
 def test_prefetch_is_bounded(stream):
     counting = Counting(stream)
     with loader(counting, prefetch=2).iterate() as steps:
@@ -189,7 +214,7 @@ def test_waiting_is_measured(stream):
         ({"rank": 2, "world_size": 2}, "rank=2"),
         ({"global_batch_size": 1, "world_size": 2}, "global_batch_size=1 < world_size=2"),
         ({"num_threads": 0}, "num_threads=0"),
-        ({"prefetch": 0}, "prefetch=0"),
+        ({"prefetch": -1}, "prefetch=-1"),
     ],
 )
 def test_arguments(stream, kwargs, match):

@@ -27,7 +27,7 @@ PACKED_ATTENTION = "hovle_packed"
 LONGEST_GROUPED_SAMPLE = 192
 # Up to this length a CPU multiplies in float32, under autocast, too: in bfloat16 oneDNN makes a kernel for every new
 # shape of a group, and groups are of a new shape in nearly every step.
-LONGEST_IN_FLOAT32 = 64
+LONGEST_IN_FLOAT32 = 128
 # A group holds samples at least this share as long as its longest: bounds what padding wastes.
 GROUP_LENGTH_SHARE = 0.75
 

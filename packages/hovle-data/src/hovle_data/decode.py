@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from hovle_core import images
@@ -31,6 +33,37 @@ def cut_tiles(processor: Processor, data: bytes) -> NDArray[np.uint8]:
         return processor.tiles(data)
     except images.ImageError as error:
         raise BadSample("", "", str(error)) from error
+
+
+class TileCache:
+    """`cut_tiles` that keeps what it cut last, up to `max_bytes` of tiles, by the pictures' own bytes.
+
+    For data that come back to a picture soon: small sets over several epochs, many questions about one picture.
+    """
+
+    def __init__(self, processor: Processor, max_bytes: int) -> None:
+        self.processor, self.max_bytes = processor, max_bytes
+        self._kept: OrderedDict[bytes, NDArray[np.uint8]] = OrderedDict()
+        self._bytes = 0
+        self._lock = Lock()
+
+    def __call__(self, data: bytes) -> NDArray[np.uint8]:
+        if not self.max_bytes:
+            return cut_tiles(self.processor, data)
+        with self._lock:
+            if (kept := self._kept.get(data)) is not None:
+                self._kept.move_to_end(data)
+                return kept
+        tiles = cut_tiles(self.processor, data)
+        tiles.flags.writeable = False  # every sample of this picture reads it
+        with self._lock:
+            if data not in self._kept:
+                self._kept[data] = tiles
+                self._bytes += tiles.nbytes + len(data)
+            while self._bytes > self.max_bytes:
+                oldest, dropped = self._kept.popitem(last=False)
+                self._bytes -= dropped.nbytes + len(oldest)
+        return tiles
 
 
 def image_suffix(data: bytes) -> str | None:

@@ -1,4 +1,4 @@
-"""The batches of optimizer step s, for any rank of any world size, prepared in the background."""
+"""The batches of optimizer step s, for any rank of any world size, prepared in the background or when asked for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import count
@@ -34,7 +34,7 @@ State = dict[str, list[int]]
 
 Read = Callable[[Iterable[int]], Iterable["Encoded | None"]]
 _Item = tuple[int, list[PackedBatch], State]
-_Produce = Callable[[threading.Event], Iterator[_Item]]
+_Produce = Callable[[threading.Event], Generator[_Item]]
 
 
 class Loader(ABC):
@@ -42,7 +42,10 @@ class Loader(ABC):
 
     max_tokens, max_tiles: budgets of one packed batch.
     num_threads: that run `stream.get` at a time; results keep the order of the positions, so their number
-        changes nothing. prefetch: steps prepared ahead of the consumer.
+        changes nothing.
+    prefetch: steps prepared ahead of the consumer, by a thread; with 0 a step is prepared when it is asked for. That
+        is right where training computes on the CPU itself: a thread that reads beside it takes Python's lock from it
+        and a core from its matmuls, which costs more than it hides (benchmarks/cpu_steps.py).
     """
 
     def __init__(
@@ -57,8 +60,10 @@ class Loader(ABC):
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} is outside 0..world_size-1={world_size - 1}")
-        if num_threads < 1 or prefetch < 1:
-            raise ValueError(f"num_threads={num_threads} and prefetch={prefetch} must be at least 1")
+        if num_threads < 1 or prefetch < 0:
+            raise ValueError(
+                f"num_threads={num_threads} must be at least 1, and prefetch={prefetch} at least 0"
+            )
         self.stream = stream
         self.max_tokens = max_tokens
         self.max_tiles = max_tiles
@@ -66,7 +71,7 @@ class Loader(ABC):
         self.world_size = world_size
         self.num_threads = num_threads
         self.prefetch = prefetch
-        self._running: weakref.WeakSet[StepIterator] = weakref.WeakSet()
+        self._running: weakref.WeakSet[Steps] = weakref.WeakSet()
 
     @abstractmethod
     def steps(self, start_step: int, state: State, read: Read) -> Iterator[tuple[list[PackedBatch], State]]:
@@ -76,18 +81,16 @@ class Loader(ABC):
         read: `stream.get` of many positions, in their order.
         """
 
-    def iterate(
-        self, start_step: int = 0, stop_step: int | None = None, state: State | None = None
-    ) -> StepIterator:
+    def iterate(self, start_step: int = 0, stop_step: int | None = None, state: State | None = None) -> Steps:
         """Iterate over (step, batches, data_wait_s) from start_step to stop_step - 1 (None: for ever).
 
-        A thread prepares the steps ahead; data_wait_s is how long the consumer stood waiting for one. An
-        error in the thread is raised here, at the step it belongs to. The thread ends with the last step,
+        A thread prepares the steps ahead, with `prefetch` 0 none; data_wait_s is how long the consumer stood waiting
+        for one. An error is raised here, at the step it belongs to. The thread ends with the last step,
         with `close()` (also on leaving a `with` block, here or of the loader) and when the iterator is
         dropped.
         """
         produce = partial(self._produce, start_step, stop_step, state or {})
-        iterator = StepIterator(produce, self.prefetch)
+        iterator: Steps = StepIterator(produce, self.prefetch) if self.prefetch else InlineSteps(produce)
         self._running.add(iterator)
         return iterator
 
@@ -106,8 +109,8 @@ class Loader(ABC):
 
     def _produce(
         self, start_step: int, stop_step: int | None, state: State, stopped: threading.Event
-    ) -> Iterator[_Item]:
-        """The producer thread's own loop."""
+    ) -> Generator[_Item]:
+        """The steps one by one; a producer thread's own loop."""
         threads = ThreadPoolExecutor(self.num_threads, "hovle-data") if self.num_threads > 1 else None
 
         def get(k: int) -> Encoded | None:
@@ -178,14 +181,54 @@ class StepLoader(Loader):
         return pack([sample for sample in encoded if sample is not None], self.max_tokens, self.max_tiles)
 
 
-class StepIterator:
-    """Iterator over (step, batches, data_wait_s) with a producer thread; see `Loader.iterate`.
+class Steps(ABC):
+    """Iterator over (step, batches, data_wait_s); see `Loader.iterate`.
 
     state: of this rank behind the step that came last, whatever is prepared ahead of it.
     """
 
+    state: State
+
+    def __iter__(self) -> Self:
+        return self
+
+    @abstractmethod
+    def __next__(self) -> tuple[int, list[PackedBatch], float]: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop reading; nothing comes after it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class InlineSteps(Steps):
+    """Each step is prepared when it is asked for, by who asks."""
+
+    def __init__(self, produce: _Produce) -> None:
+        self.state = {}
+        self._items = produce(threading.Event())
+
+    def __next__(self) -> tuple[int, list[PackedBatch], float]:
+        start = time.perf_counter()
+        step, batches, self.state = next(self._items)
+        return step, batches, time.perf_counter() - start
+
+    def close(self) -> None:
+        self._items.close()
+
+
+class StepIterator(Steps):
+    """With a producer thread."""
+
     def __init__(self, produce: _Produce, prefetch: int) -> None:
-        self.state: State = {}
+        self.state = {}
         self._queue: queue.Queue[_Item | BaseException | None] = queue.Queue(maxsize=prefetch)
         self._stopped = threading.Event()
         # The thread knows the queue and the event, not this object: dropping the iterator is enough to end it.
@@ -196,9 +239,6 @@ class StepIterator:
             daemon=True,
         )
         self._thread.start()
-
-    def __iter__(self) -> StepIterator:
-        return self
 
     def __next__(self) -> tuple[int, list[PackedBatch], float]:
         if self._stopped.is_set():
@@ -228,14 +268,6 @@ class StepIterator:
             logger.warning(
                 "the data thread still reads after 10 s; it ends with its sample or with the process"
             )
-
-    def __enter__(self) -> StepIterator:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         self._stopped.set()  # and the thread drops what it holds at its next put

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import logging
 import os
 import shutil
@@ -148,9 +149,9 @@ class Folder:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes start..stop-1 of a file; fewer where it ends before."""
-        with self.open(name) as file:
+        with io.FileIO(os.path.join(self.path, name)) as file:  # one read of all: a buffer would only cost
             file.seek(start)
-            return file.read(-1 if stop is None else stop - start)
+            return file.readall() if stop is None else file.read(stop - start)
 
     def open(self, name: str) -> BinaryIO:
         return (Path(self.path) / name).open("rb")
@@ -200,7 +201,9 @@ class RemoteFolder(Folder):
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         if self.keeps:
-            return super().read(name, start, stop)
+            with self.open(name) as file:
+                file.seek(start)
+                return file.read(-1 if stop is None else stop - start)
         path = f"{self.root}/{name}"
         try:
             return cast(bytes, self._patiently(self.fs.cat_file, path, start=start, end=stop))

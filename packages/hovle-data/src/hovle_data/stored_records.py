@@ -127,4 +127,5 @@ def _mapped(path: Path, entry: dict[str, Any], start: int) -> Array:
     begin, end = entry["data_offsets"]
     if begin == end:  # nothing can be mapped of nothing
         return np.zeros(0, dtype)
-    return np.memmap(path, dtype, "r", start + begin, shape=((end - begin) // dtype.itemsize,))
+    mapped = np.memmap(path, dtype, "r", start + begin, shape=((end - begin) // dtype.itemsize,))
+    return np.asarray(mapped)  # the same memory, without the price of a subclass at every look into it

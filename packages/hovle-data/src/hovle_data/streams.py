@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hovle_data.decode import cut_tiles
+from hovle_data.decode import TileCache
 from hovle_data.mixture import Draw, Mixture
 from hovle_data.order import hash64, uniform
 from hovle_data.packing import IGNORE_INDEX
@@ -41,6 +41,7 @@ class Stream(ABC):
     max_tokens, max_tiles: a sample beyond either is refused as bad, by name; it is never cut in the middle of
         a picture.
     ledger: counts every `get` and records the bad ones.
+    tile_cache_bytes: of the tiles cut last, kept for pictures that come again.
 
     Keys in batches are "<source name>/<sample key>", so those of two sources never meet in a cache of tile
     features.
@@ -54,6 +55,7 @@ class Stream(ABC):
         max_tokens: int,
         ledger: Ledger,
         max_tiles: int | None = None,
+        tile_cache_bytes: int = 0,
     ) -> None:
         if max_tokens < 2:
             raise ValueError(f"max_tokens={max_tokens}: give at least 2, a token and one to predict")
@@ -63,6 +65,7 @@ class Stream(ABC):
         self.max_tokens = max_tokens
         self.max_tiles = max_tiles
         self.ledger = ledger
+        self.cut_tiles = TileCache(processor, tile_cache_bytes)
 
     def get(self, k: int) -> Encoded | None:
         """The sample at position k, or None where it is quarantined (the same k every time, never another sample).
@@ -110,8 +113,9 @@ class ConversationStream(Stream):
         ledger: Ledger,
         max_tiles: int | None = None,
         long_samples: Literal["refuse", "truncate"] = "refuse",
+        tile_cache_bytes: int = 0,
     ) -> None:
-        super().__init__(mixture, processor, seed, max_tokens, ledger, max_tiles)
+        super().__init__(mixture, processor, seed, max_tokens, ledger, max_tiles, tile_cache_bytes)
         if long_samples not in ("refuse", "truncate"):
             raise ValueError(f"long_samples={long_samples!r}: give 'refuse' or 'truncate'")
         self.long_samples = long_samples
@@ -119,7 +123,7 @@ class ConversationStream(Stream):
     def encode(self, sample: Sample, k: int) -> Encoded:
         if sample.messages is None:
             raise _refuse(f"no conversation: the sample is {sample.kind}")
-        images = [cut_tiles(self.processor, image) for image in sample.images]
+        images = [self.cut_tiles(image) for image in sample.images]
         encoded = self.processor.encode(sample.messages, images=images)
         if self.long_samples == "truncate" and self.too_long(encoded) is not None:
             encoded = self._truncated(sample.messages, images, encoded)
@@ -152,7 +156,7 @@ class PairStream(ConversationStream):
             return super().encode(sample, k)
         if len(sample.images) > 1:
             raise _refuse(f"more than one image in a pair: {len(sample.images)}")
-        image = cut_tiles(self.processor, sample.images[0]) if sample.images else None
+        image = self.cut_tiles(sample.images[0]) if sample.images else None
         return self.processor.encode_pair(image, sample.text)
 
 
@@ -190,9 +194,10 @@ class UnpairedStream(Stream):
         ledger: Ledger,
         text_tokens: tuple[int, int] = (16, 128),
         max_tiles: int | None = None,
-        cached_paragraphs: int = 4096,
+        cached_paragraphs: int = 16384,
+        tile_cache_bytes: int = 0,
     ) -> None:
-        super().__init__(images, processor, seed, max_tokens, ledger, max_tiles)
+        super().__init__(images, processor, seed, max_tokens, ledger, max_tiles, tile_cache_bytes)
         low, high = text_tokens
         if not 1 <= low <= high:
             raise ValueError(f"text_tokens={text_tokens}: give (min, max) with 1 <= min <= max")
@@ -205,7 +210,7 @@ class UnpairedStream(Stream):
     def encode(self, sample: Sample, k: int) -> Encoded:
         if len(sample.images) != 1:
             raise _refuse(f"not one image: the sample has {len(sample.images)}")
-        picture = self.processor.encode_image(cut_tiles(self.processor, sample.images[0]))
+        picture = self.processor.encode_image(self.cut_tiles(sample.images[0]))
         room = self.max_tokens - len(picture.input_ids)
         text_ids = self._window(self._paragraph(*self.texts.draw(k)), k, room)
         picture_first = hash64("coin", self.seed, k) & 1

@@ -118,7 +118,11 @@ class DataConfig(Section):
     text_tokens: tuple[Annotated[int, Field(ge=1)], int] = Field((16, 64), strict=False)
     # A run fails above this share of unreadable samples.
     max_quarantine_share: float = Field(0.01, ge=0, le=1)
-    prefetch_steps: int = Field(2, ge=1)
+    # Steps that a thread prepares ahead. "auto": 2, and none where the model computes on the CPU: both would want the
+    # same cores.
+    prefetch_steps: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    # Of each worker's memory, for tiles of pictures that come again: small sets, many questions about one picture.
+    tile_cache_gib: float = Field(0, ge=0)
     # Threads that read and encode samples; their number changes no result.
     num_threads: int = Field(1, ge=1)
     # A conversation longer than a row: refused by name, or cut behind its last answer that fits.

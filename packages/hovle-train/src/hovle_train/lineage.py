@@ -23,6 +23,7 @@ FREE_FIELDS = (
     "train.min_fill",
     "data.prefetch_steps",
     "data.num_threads",
+    "data.tile_cache_gib",
     "parallel.strategy",
     "parallel.reshard_after_forward",
     "parallel.compile",

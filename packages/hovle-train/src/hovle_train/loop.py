@@ -213,6 +213,9 @@ class Trainer:
 
     def loader(self, ledger: Ledger) -> Loader:
         train, data = self.recipe.train, self.recipe.data
+        prefetch = data.prefetch_steps
+        if prefetch == "auto":
+            prefetch = 0 if self.runtime.device.type == "cpu" else 2
         common: dict[str, Any] = {
             "stream": self.stage.stream(self.processor, ledger),
             "max_tokens": train.micro_batch_tokens,
@@ -220,14 +223,14 @@ class Trainer:
             "rank": self.runtime.rank,
             "world_size": self.runtime.world_size,
             "num_threads": data.num_threads,
-            "prefetch": data.prefetch_steps,
+            "prefetch": prefetch,
         }
         if train.global_batch_rows is not None:
             return RowLoader(global_batch_rows=train.global_batch_rows, **common)
         assert train.global_batch_size is not None  # the recipe has one of the two
         if self.recipe.resources.balance and self.runtime.world_size > 1:
             # A loader holds its prefetched steps, one in hand, and the one that trains.
-            self.balance = Balance(self.runtime, train.global_batch_size, ahead=data.prefetch_steps + 2)
+            self.balance = Balance(self.runtime, train.global_batch_size, ahead=prefetch + 2)
             return BalancedLoader(self.balance, global_batch_size=train.global_batch_size, **common)
         return StepLoader(global_batch_size=train.global_batch_size, **common)
 

@@ -19,18 +19,21 @@ from hovle_core.attention import PACKED_ATTENTION
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import Encoded, HovleProcessor
 from hovle_core.registry import Registry
-from hovle_data.decode import decode_image
+from hovle_data.decode import TileCache
 from hovle_data.schema import Message, Sample
 from hovle_data.shards import ShardSource
 from hovle_demo.questions import DESCRIBE_QUESTION, NAME_QUESTIONS
 from hovle_demo.report import Example, Row
 from hovle_train import evaluate as metrics
+from hovle_train.runtime import resolve_precision
 from hovle_train.stages.distillation_options import DistillationOptions
 from hovle_train.teachers import build_teacher
 
 Progress = Callable[[str, int, int], None]
 
 NUM_YES_NO = 1500  # of the 7,136 yes/no test questions, a seeded sample
+NUM_SHUFFLED = 1000  # of the questions, again with shuffled pictures: a control needs no more
+TILE_CACHE = 2**29  # bytes: every picture is asked about more than once
 NUM_EXAMPLES = 24
 STAGES = ("distillation", "alignment", "instruction_tuning")
 
@@ -52,16 +55,23 @@ class Evaluation:
 
 @dataclass
 class Models:
-    """A finished run's model with its processor, in eval, attending as in training."""
+    """A finished run's model with its processor, in eval, attending and computing as in training."""
 
     model: HovleForConditionalGeneration
     processor: HovleProcessor
+    cut_tiles: TileCache
 
     @classmethod
     def load(cls, checkpoint: Path) -> "Models":
-        model = HovleForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        dtype = resolve_precision("auto", torch.device("cpu"))
+        model = HovleForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).eval()
         model.set_attn_implementation(PACKED_ATTENTION)
-        return cls(model, HovleProcessor.from_pretrained(checkpoint))
+        processor = HovleProcessor.from_pretrained(checkpoint)
+        return cls(model, processor, TileCache(processor, TILE_CACHE))
+
+    def tiles(self, sample: Sample) -> list[np.ndarray]:
+        """Of each picture, uint8 `[N, S, S, 3]`."""
+        return [self.cut_tiles(image) for image in sample.images]
 
 
 def evaluate(
@@ -92,10 +102,6 @@ def evaluate(
     return result
 
 
-def _images(sample: Sample) -> list:
-    return [decode_image(image) for image in sample.images]
-
-
 def _shuffled(samples: Sequence[Sample], seed: int) -> list[Sample]:
     """Each sample with another one's picture: questions of one picture are moved together, to a different picture."""
     by_picture: dict[Any, list[int]] = {}
@@ -110,16 +116,20 @@ def _shuffled(samples: Sequence[Sample], seed: int) -> list[Sample]:
     ]
 
 
+def _some(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    return random.Random(seed).sample(samples, min(NUM_SHUFFLED, len(samples)))
+
+
 def _heldout_texts(shards: Path) -> list[str]:
     """The held-out prose: every sample of that set is a text."""
     return [cast(str, sample.text) for sample in ShardSource(shards / "text_heldout")]
 
 
-def _prompts(processor: HovleProcessor, samples: Sequence[Sample]) -> list[Encoded]:
+def _prompts(models: Models, samples: Sequence[Sample]) -> list[Encoded]:
     """The questions of easy-VQA, whose samples are conversations."""
     return [
-        processor.encode(
-            cast(tuple[Message, ...], sample.messages)[:1], _images(sample), add_generation_prompt=True
+        models.processor.encode(
+            cast(tuple[Message, ...], sample.messages)[:1], models.tiles(sample), add_generation_prompt=True
         )
         for sample in samples
     ]
@@ -154,13 +164,13 @@ def _easy_vqa(result: Evaluation, models: Models, shards: Path, seed: int, progr
         result.numbers[f"easy_vqa_{kind}_blind"] = round(blind_accuracy(samples), 4)
         for key, picture, asked in (
             (f"easy_vqa_{kind}", "right picture", samples),
-            (f"easy_vqa_{kind}_shuffled", "shuffled pictures", _shuffled(samples, seed)),
+            (f"easy_vqa_{kind}_shuffled", "shuffled pictures", _some(_shuffled(samples, seed), seed)),
         ):
             label = f"easy-VQA {name}, {picture}"
             given = metrics.answers(
                 models.model,
                 models.processor,
-                _prompts(models.processor, asked),
+                _prompts(models, asked),
                 progress=partial(progress, label),
             )
             result.add(
@@ -194,13 +204,13 @@ def _by_answer(given: Sequence[str], samples: Sequence[Sample]) -> dict[str, flo
     return {truth: round(sum(hits) / len(hits), 3) for truth, hits in sorted(by_answer.items())}
 
 
-def _ask(processor: HovleProcessor, sample: Sample, question: str, answer: str | None = None) -> Encoded:
+def _ask(models: Models, sample: Sample, question: str, answer: str | None = None) -> Encoded:
     """A question about a sample's picture, with its answer as target or open for generation."""
     content = [{"type": "image"}, {"type": "text", "text": question}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
-    return processor.encode(messages, _images(sample), add_generation_prompt=answer is None)
+    return models.processor.encode(messages, models.tiles(sample), add_generation_prompt=answer is None)
 
 
 def _emoji(result: Evaluation, models: Models, shards: Path, progress: Progress) -> None:
@@ -212,7 +222,7 @@ def _emoji(result: Evaluation, models: Models, shards: Path, progress: Progress)
     ):
         names = [[sample.meta["name"], *sample.meta["distractors"]] for sample in asked]
         candidates = [
-            _ask(models.processor, sample, NAME_QUESTIONS[0], candidate)
+            _ask(models, sample, NAME_QUESTIONS[0], candidate)
             for sample, group in zip(asked, names, strict=True)
             for candidate in group
         ]
@@ -225,7 +235,7 @@ def _emoji(result: Evaluation, models: Models, shards: Path, progress: Progress)
         hits = sum(rank == 0 for rank in ranks) / len(ranks)
         result.add(key, "Emoji", name, hits, "accuracy", len(ranks), "chance 0.10")
     shown = random.Random(0).sample(samples, min(NUM_EXAMPLES // 3, len(samples)))
-    prompts = [_ask(models.processor, sample, NAME_QUESTIONS[0]) for sample in shown]
+    prompts = [_ask(models, sample, NAME_QUESTIONS[0]) for sample in shown]
     for sample, answer in zip(shown, metrics.answers(models.model, models.processor, prompts), strict=True):
         result.examples.append(
             Example(sample.images[0], NAME_QUESTIONS[0], answer, sample.meta["name"], "unseen emoji concepts")
@@ -239,7 +249,7 @@ def _flags(result: Evaluation, models: Models, shards: Path, seed: int) -> None:
         ("flag_caption_loss", "held-out descriptions, right flag", samples),
         ("flag_caption_loss_shuffled", "held-out descriptions, shuffled flags", _shuffled(samples, seed)),
     ):
-        encoded = [_ask(models.processor, sample, DESCRIBE_QUESTION, sample.text) for sample in asked]
+        encoded = [_ask(models, sample, DESCRIBE_QUESTION, sample.text) for sample in asked]
         losses = metrics.target_losses(models.model, models.processor, encoded)
         mean = sum(loss for loss, _ in losses) / sum(count for _, count in losses)
         result.add(key, "Flags", name, mean, "nats a token", len(asked))
@@ -254,7 +264,7 @@ def _teachers(
     pictures = [*ShardSource(shards / "emoji_test")]
     seen: dict[bytes, None] = {sample.images[0]: None for sample in ShardSource(shards / "vqa_test_open")}
     unique = [sample.images[0] for sample in pictures] + list(seen)[:500]
-    tiles = np.concatenate([models.processor.image_processor.tiles(decode_image(image)) for image in unique])
+    tiles = np.concatenate([models.cut_tiles(image) for image in unique])
     cosine = metrics.image_cosine(models.model, models.processor, encoder, checkpoint, tiles)
     result.add(
         "image_cosine", "Teachers", "unseen pictures to the vision teacher", cosine, "cosine", len(unique)
@@ -268,7 +278,7 @@ def _language(result: Evaluation, finished: dict[str, Models], llm: Path, shards
     """Does the LLM keep its language? Perplexity on prose about countries that no stage has read."""
     texts = _heldout_texts(shards)[::4]
     plain = AutoModelForCausalLM.from_pretrained(
-        llm, dtype=torch.float32, attn_implementation=PACKED_ATTENTION
+        llm, dtype=finished["distillation"].model.dtype, attn_implementation=PACKED_ATTENTION
     )
     any_processor = finished["distillation"].processor
     value = metrics.perplexity(plain, any_processor, texts)

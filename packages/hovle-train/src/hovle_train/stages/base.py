@@ -30,11 +30,12 @@ Progress = Callable[[str, int, int], None]
 # Fields of a recipe that not every stage reads: one that is set for a stage that does not is a mistake.
 STAGE_FIELDS = (
     "data.sources", "data.images", "data.texts", "data.text_tokens", "data.long_samples",
+    "data.tile_cache_gib",
     "model.init_from", "model.blocks_from_llm", "model.embedding", "model.image", "train.drop_path",
 )  # fmt: skip
 # Those of a HoVLE's stages, whatever their data.
 HOVLE_FIELDS = (
-    "model.init_from", "model.blocks_from_llm", "model.embedding", "model.image", "train.drop_path",
+    "data.tile_cache_gib", "model.init_from", "model.blocks_from_llm", "model.embedding", "model.image", "train.drop_path",
 )  # fmt: skip
 
 
@@ -121,6 +122,7 @@ class Stage(ABC):
             "max_tokens": train.micro_batch_tokens,
             "max_tiles": train.micro_batch_tiles,
             "ledger": ledger,
+            "tile_cache_bytes": int(self.recipe.data.tile_cache_gib * 2**30),
         }
 
     def setup(
