@@ -207,9 +207,11 @@ def test_packing_covers_every_token_once_and_long_samples_stand_alone():
     packing = Packing.from_mask_function(
         lambda b, h, q, k: (k <= q) & (sample[q] == sample[k]), sum(lengths), None, "cpu"
     )
-    assert packing.tokens.sort().values.tolist() == list(range(sum(lengths)))
+    assert torch.equal(packing.tokens[packing.slots], torch.arange(sum(lengths)))
     assert len(packing.slots.unique()) == sum(lengths)
-    assert int(packing.slots.max()) < sum(group.rows for group in packing.groups)
+    rows = sum(group.rows for group in packing.groups)
+    assert len(packing.tokens) == rows
+    assert sorted([*packing.slots.tolist(), *packing.padding.tolist()]) == list(range(rows))
     assert sorted(n for group in packing.groups for n in [group.num_samples] if group.length > 100) == [1, 1]
     assert {(group.num_samples, group.length) for group in packing.groups} >= {(3, 40)}
     assert all(group.mask is None for group in packing.groups)

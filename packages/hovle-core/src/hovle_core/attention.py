@@ -12,7 +12,7 @@ Shapes: T packed tokens, n samples in a group, L longest of them, H heads, K key
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,22 +70,25 @@ def check_packing(
 
 
 class _Move(torch.autograd.Function):
-    """`x [R, C]` -> zeros `[rows, C]` with row `source[i]` of x at row `target[i]`.
+    """Rows of `x [R, C]` in another order: row `take[i]` at place i of the result, and zeros at the places `empty`.
 
-    Indices are unique, so that the backward is the same move in reverse and not a slow accumulating one.
+    `back` undoes it: row r of x went to place `back[r]`. So the backward takes rows, too, where autograd's own would
+    add them up one by one, which is slow.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, target: Tensor, rows: int) -> Tensor:
-        ctx.save_for_backward(source, target)
-        ctx.rows = x.shape[0]
-        return x.new_zeros(rows, x.shape[1]).index_copy_(0, target, x.index_select(0, source))
+    def forward(ctx: Any, x: Tensor, take: Tensor, empty: Tensor, back: Tensor, none: Tensor) -> Tensor:
+        ctx.save_for_backward(back, none)
+        return _take(x, take, empty)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        source, target = ctx.saved_tensors
-        out = grad.new_zeros(ctx.rows, grad.shape[1])
-        return out.index_copy_(0, source, grad.index_select(0, target)), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        back, none = ctx.saved_tensors
+        return _take(grad, back, none), None, None, None, None
+
+
+def _take(x: Tensor, take: Tensor, empty: Tensor) -> Tensor:
+    return x.index_select(0, take).index_fill_(0, empty, 0)
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,27 @@ class Group:
 class Packing:
     """How a packed row splits into samples: the mask of `hovle_packed`, made once a forward and stack.
 
-    tokens, slots: `[T]`; token `tokens[i]` of the packed row is row `slots[i]` of the padded groups, which lie one
-    behind the other.
+    The padded groups lie one behind the other, R rows in all. slots: `[T]`, each token's row among them. tokens: `[R]`,
+    each row's token, any one for the padding, whose rows are in `padding`.
     """
 
     groups: tuple[Group, ...]
-    tokens: Tensor
     slots: Tensor
+    tokens: Tensor
+    padding: Tensor
+
+    def pad(self, row: Tensor) -> Tensor:
+        """`[T, C]` -> `[R, C]`, the padding zero."""
+        return _Move.apply(row, self.tokens, self.padding, self.slots, self.padding[:0])
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """`[R, C]` -> `[T, C]`."""
+        return _Move.apply(padded, self.slots, self.padding[:0], self.tokens, self.padding)
+
+    def to(self, device: torch.device) -> "Packing":
+        return replace(
+            self, **{name: getattr(self, name).to(device) for name in ("slots", "tokens", "padding")}
+        )
 
     @classmethod
     def from_mask_function(
@@ -128,17 +145,19 @@ class Packing:
             return None
         groups = _group_by_length(list(zip([0, *starts], [*starts, length], strict=True)))
         ahead = bool(mask_function(zero, zero, index[:-1], index[1:]).any())
-        tokens, slots, made, base = [], [], [], 0
+        slots, made, base = torch.empty(length, dtype=torch.long), [], 0
         for members in groups:
             longest = members[0][1] - members[0][0]
             causal = not ahead and (window is None or longest <= window)
             mask = None if causal else _group_mask(mask_function, members, longest, device)
             made.append(Group(len(members), longest, mask))
             for i, (start, end) in enumerate(members):
-                tokens.append(torch.arange(start, end))
-                slots.append(torch.arange(end - start) + base + i * longest)
+                slots[start:end] = torch.arange(end - start) + base + i * longest
             base += made[-1].rows
-        return cls(tuple(made), torch.cat(tokens).to(device), torch.cat(slots).to(device))
+        tokens = torch.full((base,), -1)
+        tokens[slots] = torch.arange(length)
+        padding = (tokens < 0).nonzero()[:, 0]
+        return cls(tuple(made), slots, tokens.clamp(min=0), padding).to(torch.device(device))
 
 
 def _group_by_length(spans: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
@@ -209,11 +228,12 @@ def packed_attention_forward(
         )
     H, T, d = query.shape[1:]
     scaling = d**-0.5 if scaling is None else scaling
-    groups, device = attention_mask.groups, query.device
-    tokens, slots = attention_mask.tokens.to(device), attention_mask.slots.to(device)
+    device = query.device
+    packing = attention_mask.to(device)
+    groups = packing.groups
     heads = [x.shape[1] for x in (query, key, value)]
     row = torch.cat([x[0].transpose(0, 1).reshape(T, -1) for x in (query, key, value)], dim=-1)
-    padded = _Move.apply(row, tokens, slots, sum(group.rows for group in groups))
+    padded = packing.pad(row)
     outs = []
     for group, rows in zip(groups, padded.split([group.rows for group in groups]), strict=True):
         batch = rows.view(group.num_samples, group.length, -1, d).transpose(1, 2)  # [n, H + 2K, L, d]
@@ -223,7 +243,7 @@ def packed_attention_forward(
         mask = None if group.mask is None else group.mask.to(device)
         out = _grouped_attention(q, k, v, mask, scaling, dropout)
         outs.append(out.transpose(1, 2).reshape(group.rows, H * d))
-    out = _Move.apply(torch.cat(outs) if len(outs) > 1 else outs[0], slots, tokens, T)
+    out = packing.unpad(torch.cat(outs) if len(outs) > 1 else outs[0])
     return out.view(1, T, H, d), None
 
 

@@ -274,10 +274,9 @@ class ShardSource:
 
 
 def _is_header(block: bytes, key: str, size: int) -> bool:
-    if block[257:262] == b"ustar" and block[345] == 0 and block[124:136] == b"%011o\0" % size:
-        # As nearly all are: tarfile's parser would take as long as all the rest of a read.
-        if block.startswith(key.encode("utf-8", "surrogateescape") + b"."):
-            return True
+    plain = block[257:262] == b"ustar" and block[345] == 0 and block[124:136] == b"%011o\0" % size
+    if plain and block.startswith(key.encode("utf-8", "surrogateescape") + b"."):
+        return True  # as nearly all are: tarfile's parser would take as long as all the rest of a read
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:

@@ -35,7 +35,8 @@ STAGE_FIELDS = (
 )  # fmt: skip
 # Those of a HoVLE's stages, whatever their data.
 HOVLE_FIELDS = (
-    "data.tile_cache_gib", "model.init_from", "model.blocks_from_llm", "model.embedding", "model.image", "train.drop_path",
+    "data.tile_cache_gib",
+    "model.init_from", "model.blocks_from_llm", "model.embedding", "model.image", "train.drop_path",
 )  # fmt: skip
 
 
