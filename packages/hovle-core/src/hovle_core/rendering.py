@@ -7,10 +7,10 @@ token ids.
 import copy
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +21,11 @@ from hovle_core.images import open_image
 Message = Mapping[str, Any]
 # Tokenizer -> its length and its copy for literal text.
 _TWINS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, PreTrainedTokenizerBase]] = WeakKeyDictionary()
+# Tokenizer -> its length and its ids of pieces read lately.
+_PIECES: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Callable[[str], tuple[int, ...]]]] = (
+    WeakKeyDictionary()
+)
+LONGEST_PIECE = 256  # characters: a role's line, a question asked again, a short answer
 # What stands in a rendered prompt for a picture or a spelled-out special token.
 _MARK = re.compile(r"\[\[(?:picture|literal) (?P<nonce>[0-9a-f]{16})(?: (?P<number>\d+))?\]\]")
 
@@ -172,7 +177,26 @@ class Rendering:
         return ids + self._plain(text[position:])
 
     def _plain(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return _piece_ids(self.tokenizer, text) if text else []
+
+
+def _piece_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a rendered piece, special tokens among them. Conversations are made of pieces that come again and again,
+    and a tokenizer's call takes longer than most of them are long."""
+    if len(text) > LONGEST_PIECE:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    size, read = _PIECES.get(tokenizer, (-1, tuple))
+    if size != len(tokenizer):  # none yet, or tokens were added since
+        own = ref(tokenizer)  # what a weak dictionary keeps must not keep its key
+
+        @lru_cache(maxsize=4096)
+        def read(piece: str) -> tuple[int, ...]:
+            living = own()
+            assert living is not None  # whoever asks has it
+            return tuple(living(piece, add_special_tokens=False)["input_ids"])
+
+        _PIECES[tokenizer] = (len(tokenizer), read)
+    return list(read(text))
 
 
 def open_pictures(messages: Sequence[Message]) -> list[Image.Image]:
