@@ -24,9 +24,9 @@ from hovle_core import HovleForConditionalGeneration
 from hovle_core.attention import PACKED_ATTENTION
 from hovle_core.config import HolisticEmbeddingConfig
 from hovle_core.losses import next_token_loss
+from hovle_core.precision import has_fast_bfloat16
 from hovle_train.config import OptimConfig
 from hovle_train.optim import build_optimizers
-from hovle_train.runtime import has_fast_bfloat16
 from hovle_train.weights import Weights
 
 # How many of the first 512 samples of each recipe have so many tokens; 16 tokens of each are its picture. In both, all

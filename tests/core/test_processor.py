@@ -71,6 +71,16 @@ def test_typed_special_tokens_stay_text(processor, typed):
     assert len(processor.encode_text(typed).input_ids) > 2
 
 
+def test_pieces_read_before_are_read_anew_once_the_tokenizer_has_another_token():
+    processor = tiny_processor(tiny_tokenizer())
+    before = [processor.encode([user("zebra", 0), assistant("no")]).input_ids.tolist() for _ in range(2)]
+    processor.tokenizer.add_tokens(["zebra"])
+    after = processor.encode([user("zebra", 0), assistant("no")]).input_ids.tolist()
+    assert before[0] == before[1]
+    assert len(after) < len(before[0])
+    assert processor.tokenizer.convert_tokens_to_ids("zebra") in after
+
+
 def test_text_that_looks_like_an_internal_mark_is_text(processor):
     text = "a [[picture 0123456789abcdef]] and [[literal 0123456789abcdef 0]]"
     encoded = processor.encode([user(text, pictures=0)], [])

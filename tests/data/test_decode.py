@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from hovle_data.decode import decode_image, image_suffix
+from hovle_core.images import ImageError
+from hovle_data.decode import TileCache, decode_image, image_suffix
 from hovle_data.schema import BadSample
 
 
@@ -200,3 +201,37 @@ def test_mutated_files_decode_or_are_bad_samples(data):
     except BadSample:
         return
     assert image.mode == "RGB"
+
+
+class Cutter:
+    """A processor that counts its pictures; a tile of 4 x 4 pixels is 48 bytes."""
+
+    def __init__(self):
+        self.cut = []
+
+    def tiles(self, data):
+        if data == b"broken":
+            raise ImageError("not a known image format")
+        self.cut.append(data)
+        return np.full((1, 4, 4, 3), data[0], np.uint8)
+
+
+def test_tiles_that_are_kept_are_cut_once_and_the_longest_unused_go_first():
+    cutter = Cutter()
+    cached = TileCache(cutter, max_bytes=2 * 49)  # two tiles with their one-byte files
+    for data in (b"a", b"b", b"a", b"c", b"a", b"b"):
+        assert (cached(data) == data[0]).all()
+    assert cutter.cut == [b"a", b"b", b"c", b"b"]  # c pushed b out, whom a's second use had made the older
+    with pytest.raises(ValueError, match="read-only"):
+        cached(b"b")[:] = 0
+    for _ in range(2):
+        with pytest.raises(BadSample, match="not a known image format"):
+            cached(b"broken")
+
+
+def test_without_room_nothing_is_kept():
+    cutter = Cutter()
+    cached = TileCache(cutter, max_bytes=0)
+    assert cached(b"a").flags.writeable
+    cached(b"a")
+    assert cutter.cut == [b"a", b"a"]

@@ -110,6 +110,11 @@ def test_unpaired_is_a_function_of_seed_and_position(processor, png, texts):
     assert not all(same(one.get(k), other.get(k)) for k in range(10))
 
 
+def test_kept_tiles_change_nothing(processor, png, texts):
+    plain, kept = unpaired(processor, png, texts), unpaired(processor, png, texts, tile_cache_bytes=2**20)
+    assert all(same(plain.get(k), kept.get(k)) for k in [*range(20), *range(20)])
+
+
 @pytest.mark.parametrize("num_texts", [200, 190])
 def test_unpaired_does_not_bring_captions_back_to_their_pictures(processor, png, num_texts):
     """Pictures and texts of the same pairs, with one seed as recipes give it."""

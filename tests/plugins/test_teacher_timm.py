@@ -143,6 +143,18 @@ def test_lite0_refuses_a_model_of_other_shapes(tmp_path: Path) -> None:
         TimmTeacher("resnet18", "efficientnet-lite0-wheel")
 
 
+def test_precision_is_float32_unless_asked_and_bfloat16_is_close() -> None:
+    tiles = random_tiles(2, 64)
+    exact, low = tiny_vit(), tiny_vit(precision="bfloat16")
+    low.load_state_dict(exact.state_dict())
+    one, two = exact.features(tiles), low.features(tiles)
+    assert one.dtype == two.dtype == torch.float32
+    assert not torch.equal(one, two)
+    assert float(torch.nn.functional.cosine_similarity(one, two, dim=-1).min()) > 0.99
+    with pytest.raises(ValueError, match="precision: 'float16' is none of"):
+        tiny_vit(precision="float16")
+
+
 def test_a_teacher_is_frozen_and_stays_in_eval() -> None:
     teacher = tiny_vit()
     parent = torch.nn.ModuleDict({"teacher": teacher})

@@ -119,12 +119,12 @@ def train(recipe: Recipe, local: bool = False, console: Console | None = None) -
     from rich.text import Text
     from transformers.utils import logging
 
+    from hovle_core.precision import has_fast_bfloat16
     from hovle_train.failure import Stopped
     from hovle_train.language_gate import reconsider
     from hovle_train.lineage import check_finished
     from hovle_train.progress import follow
     from hovle_train.ray_trainer import run_local, run_on_ray
-    from hovle_train.runtime import has_fast_bfloat16
 
     console = console or Console(stderr=True)
     logging.disable_progress_bar()  # there is one bar, the run's

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 
 from hovle_core.losses import IGNORE_INDEX
 from hovle_core.modeling import HovleForConditionalGeneration
+from hovle_core.precision import resolve_precision
 from hovle_core.processor import Encoded, HovleProcessor
 from hovle_core.roles import TeacherEncoder
 from hovle_data.packing import PackedBatch, pack
 from hovle_train.features import to_student_grid
-from hovle_train.runtime import resolve_precision
 from hovle_train.stages.base import model_inputs
 from hovle_train.stages.distillation import HEAD_FILE
 from hovle_train.teachers import JoinedHeads, load_heads, widths

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from hovle_core.config import HolisticEmbeddingConfig, HovleConfig
 from hovle_core.modeling import HovleForConditionalGeneration
+from hovle_core.precision import resolve_precision
 from hovle_core.processor import HovleProcessor
 from hovle_core.registry import Registry
 from hovle_train.build import build_llm, build_processor, build_tokenizer
@@ -33,7 +34,7 @@ from hovle_train.runs import (
     is_finished,
     resolve_checkpoint,
 )
-from hovle_train.runtime import Runtime, resolve_precision
+from hovle_train.runtime import Runtime
 
 Perplexities = dict[str, float]
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hovle_core.plugins import HovlePlugins
+from hovle_core.precision import resolve_precision
 from hovle_data.order import hash64
 from hovle_data.packing import PackedBatch
 from hovle_data.pipeline import Loader, State, StepLoader
@@ -45,7 +46,7 @@ from hovle_train.observers import Observers
 from hovle_train.optim import build_optimizers, lr_share, set_lr
 from hovle_train.parallel import Parallel, make_parallel
 from hovle_train.runs import CHECKPOINTS, METRICS_FILE, RECIPE_FILE, STATUS_FILE, Run, is_finished
-from hovle_train.runtime import Runtime, resolve_precision
+from hovle_train.runtime import Runtime
 from hovle_train.sharded import whole
 from hovle_train.speed import Speed
 from hovle_train.stages.base import Stage
@@ -215,7 +216,8 @@ class Trainer:
         train, data = self.recipe.train, self.recipe.data
         prefetch = data.prefetch_steps
         if prefetch == "auto":
-            prefetch = 0 if self.runtime.device.type == "cpu" else 2
+            alone = self.runtime.device.type == "cpu" and self.recipe.resources.teacher_pool is None
+            prefetch = 0 if alone else 2
         common: dict[str, Any] = {
             "stream": self.stage.stream(self.processor, ledger),
             "max_tokens": train.micro_batch_tokens,

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from hovle_core.attention import PACKED_ATTENTION
 from hovle_core.modeling import HovleForConditionalGeneration
+from hovle_core.precision import resolve_precision
 from hovle_core.processor import Encoded, HovleProcessor
 from hovle_core.registry import Registry
 from hovle_data.decode import TileCache
@@ -25,7 +26,6 @@ from hovle_data.shards import ShardSource
 from hovle_demo.questions import DESCRIBE_QUESTION, NAME_QUESTIONS
 from hovle_demo.report import Example, Row
 from hovle_train import evaluate as metrics
-from hovle_train.runtime import resolve_precision
 from hovle_train.stages.distillation_options import DistillationOptions
 from hovle_train.teachers import build_teacher
 

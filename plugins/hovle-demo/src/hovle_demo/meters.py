@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import torch
 
+from hovle_core.precision import has_fast_bfloat16
 from hovle_train.export import write_json
-from hovle_train.runtime import has_fast_bfloat16
 
 
 class Clock:

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from hovle_core.precision import has_fast_bfloat16
 from hovle_core.registry import Registry
 from hovle_demo.evaluate import Evaluation, evaluate
 from hovle_demo.meters import Clock, Memory, machine
@@ -26,7 +27,6 @@ from hovle_train.lineage import parent_of
 from hovle_train.metrics import read_metrics
 from hovle_train.pipeline import Pipeline, load_pipeline
 from hovle_train.runs import METRICS_FILE, is_finished, read_summary, resolve_checkpoint
-from hovle_train.runtime import has_fast_bfloat16
 
 STAGES = ("language_modeling", "distillation", "alignment", "instruction_tuning")
 SEED = 0

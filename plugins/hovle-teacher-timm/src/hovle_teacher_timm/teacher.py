@@ -6,7 +6,7 @@ Shapes: N tiles, S tile side in pixels, h x w the teacher's grid, C its channels
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -20,6 +20,7 @@ from hovle_core.feature_maps import (
     per_channel,
     resized_tiles,
 )
+from hovle_core.precision import has_fast_bfloat16
 from hovle_core.roles import TeacherEncoder
 from hovle_teacher_timm.connector import Connector
 from hovle_teacher_timm.weights import (
@@ -49,6 +50,7 @@ class TimmTeacher(TeacherEncoder):
         connector: a `.safetensors` file with InternVL's `mlp1.*`, the way from its features into its LLM; for
             distillation with `head: connector`. The grid is then the model's own.
         mean, std: RGB normalisation on the 0..1 scale; by default the model's own.
+        precision: that the model computes in, "float32", "bfloat16" or "auto": bfloat16 where it is fast.
         model_kwargs: passed on to `timm.create_model`.
     """
 
@@ -64,8 +66,11 @@ class TimmTeacher(TeacherEncoder):
         std: Sequence[float] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         connector: str | None = None,
+        precision: Literal["float32", "bfloat16", "auto"] = "float32",
     ) -> None:
         super().__init__()
+        if precision not in (known := ("float32", "bfloat16", "auto")):
+            raise ValueError(f"precision: {precision!r} is none of {known}")
         check_grid(size, grid, resample)
         self.model = _create(model_name, weights, dict(model_kwargs or {}))
         layers = [int(info["num_chs"]) for info in self.model.feature_info]  # type: ignore[union-attr]
@@ -75,7 +80,7 @@ class TimmTeacher(TeacherEncoder):
         self.connector = None if connector is None else Connector.load(Path(connector), self.feature_size)
         self.connector_size = None if self.connector is None else self.connector.size
         self.grid, self.resample = grid, resample
-        self.size = size
+        self.size, self.precision = size, precision
         # The final norm belongs to the last layer only; earlier layers were never meant to pass through it.
         self._with_norm = self.feature_layers == [len(layers) - 1]
         # CNNs take any size; a ViT's patches must fill its input.
@@ -102,14 +107,16 @@ class TimmTeacher(TeacherEncoder):
         """uint8 `[N, 3, S, S]` -> float32 `[N, h, w, C]`."""
         x = resized_tiles(tiles, self.size, self._patch)
         x = ((x / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        maps = self.model.forward_intermediates(  # type: ignore[operator]
-            x,
-            indices=self.feature_layers,
-            norm=self._with_norm,
-            stop_early=True,
-            output_fmt="NCHW",
-            intermediates_only=True,
-        )
+        low = self.precision == "bfloat16" or (self.precision == "auto" and has_fast_bfloat16(x.device))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
+            maps = self.model.forward_intermediates(  # type: ignore[operator]
+                x,
+                indices=self.feature_layers,
+                norm=self._with_norm,
+                stop_early=True,
+                output_fmt="NCHW",
+                intermediates_only=True,
+            )
         joined = joined_maps([features.float() for features in maps], self.grid, self.resample)
         return joined.permute(0, 2, 3, 1).contiguous()
 
