@@ -185,18 +185,23 @@ def _piece_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     and a tokenizer's call takes longer than most of them are long."""
     if len(text) > LONGEST_PIECE:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
-    size, read = _PIECES.get(tokenizer, (-1, tuple))
-    if size != len(tokenizer):  # none yet, or tokens were added since
-        own = ref(tokenizer)  # what a weak dictionary keeps must not keep its key
+    found = _PIECES.get(tokenizer)
+    if found is None or found[0] != len(tokenizer):  # none yet, or tokens were added since
+        found = _PIECES[tokenizer] = len(tokenizer), _reader(ref(tokenizer))
+    return list(found[1](text))
 
-        @lru_cache(maxsize=4096)
-        def read(piece: str) -> tuple[int, ...]:
-            living = own()
-            assert living is not None  # whoever asks has it
-            return tuple(living(piece, add_special_tokens=False)["input_ids"])
 
-        _PIECES[tokenizer] = (len(tokenizer), read)
-    return list(read(text))
+def _reader(tokenizer: ref[PreTrainedTokenizerBase]) -> Callable[[str], tuple[int, ...]]:
+    """The ids of a piece, kept for those that were asked for last. Behind a weak reference: what a weak dictionary holds
+    must not hold its key."""
+
+    @lru_cache(maxsize=4096)
+    def read(piece: str) -> tuple[int, ...]:
+        living = tokenizer()
+        assert living is not None  # whoever asks has it
+        return tuple(living(piece, add_special_tokens=False)["input_ids"])
+
+    return read
 
 
 def open_pictures(messages: Sequence[Message]) -> list[Image.Image]:
