@@ -192,7 +192,7 @@ def _piece_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _reader(tokenizer: ref[PreTrainedTokenizerBase]) -> Callable[[str], tuple[int, ...]]:
-    """The ids of a piece, kept for those that were asked for last. Behind a weak reference: what a weak dictionary holds
+    """The ids of a piece, kept for those asked for last. Behind a weak reference: what a weak dictionary holds
     must not hold its key."""
 
     @lru_cache(maxsize=4096)
