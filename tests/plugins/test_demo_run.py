@@ -111,6 +111,7 @@ def test_the_whole_demo_runs_small_and_again_at_once(tmp_path, capsys, monkeypat
     original = prepare.prepare
     monkeypatch.setattr(run, "prepare", lambda *a, **k: original(*a, limit=120, **k))
     monkeypatch.setattr(evaluate, "NUM_YES_NO", 20)
+    monkeypatch.setattr(evaluate, "NUM_SHUFFLED", 20)
     out = tmp_path / "demo"
     short = {"train.steps": 3, "optim.warmup_steps": 0}
     steps = [f"{stage}.{key}={value}" for stage in run.STAGES for key, value in short.items()]
