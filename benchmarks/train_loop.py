@@ -30,10 +30,10 @@ from hovle_core.testing import tiny_tokenizer
 from hovle_data.quarantine import Ledger
 from hovle_data.schema import Sample
 from hovle_data.shards import write_shards
-from hovle_train.config import parse_recipe
 from hovle_train.freeze import set_train_mode
 from hovle_train.loop import Trainer
 from hovle_train.metrics import read_metrics
+from hovle_train.recipe_file import parse_recipe
 from hovle_train.runtime import Runtime
 
 SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4}

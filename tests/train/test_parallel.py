@@ -9,9 +9,9 @@ import pytest
 from safetensors.torch import load_file
 
 from hovle_train import checkpoint
-from hovle_train.config import parse_recipe
 from hovle_train.loop import Trainer
 from hovle_train.metrics import read_metrics
+from hovle_train.recipe_file import parse_recipe
 from hovle_train.runs import read_summary
 from hovle_train.runtime import Runtime
 

@@ -16,9 +16,9 @@ from hovle_data.quarantine import Ledger
 from hovle_data.sections import read_yaml
 from hovle_train import cost, plan
 from hovle_train.commands import dry_run
-from hovle_train.config import load_recipe, parse_recipe
 from hovle_train.cost import Row, row_cost
 from hovle_train.loop import Trainer
+from hovle_train.recipe_file import load_recipe, parse_recipe
 from hovle_train.runtime import Runtime
 
 ASSUMED = plan.Assumptions(tiles=1, text_tokens=12, target_share=1.0, mfu=0.4)

@@ -44,8 +44,8 @@ def add_plan_parser(cli: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    from hovle_train.config import load_recipe
     from hovle_train.plan import plan_stage
+    from hovle_train.recipe_file import load_recipe
 
     registry: Registry = args.plugins.registry
     for name, low, high in (
@@ -93,7 +93,7 @@ def assumptions(args: argparse.Namespace, recipe: Recipe, others: list[Recipe]) 
 def siblings(name: str, registry: Registry) -> list[Recipe]:
     """Recipes in the folder of this one: a stage starts from a run that one of them makes."""
     from hovle_data.sections import read_yaml
-    from hovle_train.config import load_recipe
+    from hovle_train.recipe_file import load_recipe
 
     path = Path(name) if Path(name).is_file() else registry.resource("recipe", name)
     found = []
