@@ -11,7 +11,7 @@ from hovle_core.registry import Provider, Spec
 from hovle_core.testing import tiny_llm, tiny_tokenizer
 from hovle_data.schema import Sample
 from hovle_data.shards import write_shards
-from hovle_train.config import parse_recipe
+from hovle_train.recipe_file import parse_recipe
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 160, 40), "blue": (20, 40, 200), "white": (250, 250, 250)}
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from hovle_core.plugins import load_plugins
 from hovle_core.registry import Provider, Spec
-from hovle_train.config import parse_recipe
 from hovle_train.loop import Trainer
+from hovle_train.recipe_file import parse_recipe
 from hovle_train.runtime import Runtime
 
 

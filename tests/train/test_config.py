@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from hovle_core.cli import main
-from hovle_train.config import apply_overrides, load_recipe, parse_recipe
+from hovle_train.recipe_file import apply_overrides, load_recipe, parse_recipe
 
 MINIMAL = {
     "stage": {"name": "alignment"},

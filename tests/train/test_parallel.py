@@ -9,9 +9,9 @@ import pytest
 from safetensors.torch import load_file
 
 from hovle_train import checkpoint
-from hovle_train.config import parse_recipe
 from hovle_train.loop import Trainer
 from hovle_train.metrics import read_metrics
+from hovle_train.recipe_file import parse_recipe
 from hovle_train.runs import read_summary
 from hovle_train.runtime import Runtime
 
@@ -21,10 +21,10 @@ UNEVEN = {"steps": 5, "micro_batch_tokens": 48, "min_fill": 0, "checkpoint_every
 RUNS = {
     "instruction_tuning": {"parallel": FSDP2, "train": UNEVEN},
     "alignment": {"parallel": FSDP2, "train": {**UNEVEN, "precision": "bfloat16"}},
-    # Muon, recomputed activations, layers gathered once a step, an LLM that is not run.
+    # Muon, recomputed activations, layers gathered once a step, an LLM that is not run, averages in shares.
     "distillation": {
         "parallel": {**FSDP2, "reshard_after_forward": False},
-        "optim": {"name": "muon"},
+        "optim": {"name": "muon", "ema": {"decay": 0.7, "export": "beside"}},
         "train": UNEVEN,
         "model": {"activation_checkpointing": True},
     },
@@ -47,8 +47,8 @@ def run_ranks(jobs, folder, world=2):
             rank.kill()
 
 
-def weights(recipe):
-    return load_file(recipe.path / "final" / "model.safetensors")
+def weights(recipe, folder="final"):
+    return load_file(recipe.path / folder / "model.safetensors")
 
 
 def curve(recipe, name):
@@ -62,10 +62,14 @@ def assert_same_run(a, b, curves, shares, steps=None):
             assert curve(a, name)[:steps] == pytest.approx(curve(b, name)[:steps], rel=curves), name
     if shares is None:
         return
-    first, second = weights(a), weights(b)
-    assert first.keys() == second.keys()
-    differences = {name: float((first[name] - second[name]).norm() / second[name].norm()) for name in first}
-    assert max(differences.values()) < shares, sorted(differences.items(), key=lambda item: -item[1])[:3]
+    for folder in ("final", "final_ema"):
+        assert (a.path / folder).exists() == (b.path / folder).exists()
+        if not (b.path / folder).exists():
+            continue
+        first, second = weights(a, folder), weights(b, folder)
+        assert first.keys() == second.keys()
+        differences = {n: float((first[n] - second[n]).norm() / second[n].norm()) for n in first}
+        assert max(differences.values()) < shares, sorted(differences.items(), key=lambda item: -item[1])[:3]
 
 
 def run_here(recipe, plugins, stop=None):
@@ -81,15 +85,29 @@ def run_here(recipe, plugins, stop=None):
 
 
 def test_two_ranks_with_fsdp2_are_one_process(make_recipe, plugins, tmp_path):
-    """Curves and weights; with other numbers of micro-batches on each rank, and one run that moves from one process
-    with all weights to two with shares and back to one."""
+    """Curves, weights and averages; with other numbers of micro-batches on each rank, and one run that moves from one
+    process with all weights to two with shares and back to one.
+
+    Drop path is drawn on each rank for itself: there two ranks with shares are two with all weights.
+    """
     runs = {stage: make_recipe(stage, run_dir=str(tmp_path / stage), **RUNS[stage]) for stage in RUNS}
     moved = runs["distillation"]
     run_here(parse_recipe(moved.model_dump() | {"parallel": {}}), plugins, stop=2)
-    stops = {"distillation": 4}
+    dropped = [
+        make_recipe(
+            "alignment",
+            run_dir=str(tmp_path / f"dropped-{strategy}"),
+            parallel={"strategy": strategy},
+            train={**UNEVEN, "steps": 3, "drop_path": {"rate": 0.5, "start_rate": 0.2}},
+        )
+        for strategy in ("fsdp2", "ddp")
+    ]
+    stops = {moved.run_dir: 4}
+    everything = [*runs.values(), *dropped]
     run_ranks(
-        [{"recipe": r.model_dump(mode="json"), "stop": stops.get(s)} for s, r in runs.items()], tmp_path
+        [{"recipe": r.model_dump(mode="json"), "stop": stops.get(r.run_dir)} for r in everything], tmp_path
     )
+    assert_same_run(*dropped, 2e-4, 1e-3)
     last = checkpoint.complete_checkpoints(moved.path / "checkpoints")[-1]
     assert checkpoint.read_state(last)["step"] == 3
     run_here(moved, plugins)  # FSDP2 on one process
@@ -99,6 +117,7 @@ def test_two_ranks_with_fsdp2_are_one_process(make_recipe, plugins, tmp_path):
         alone = parse_recipe(raw)
         run_here(alone, plugins)
         assert_same_run(run, alone, *TOLERANCE[stage], steps=2 if stage == "alignment" else None)
+    assert weights(moved, "final_ema").keys() == weights(moved).keys()
 
 
 @pytest.mark.slow

@@ -16,9 +16,9 @@ from hovle_data.quarantine import Ledger
 from hovle_data.sections import read_yaml
 from hovle_train import cost, plan
 from hovle_train.commands import dry_run
-from hovle_train.config import load_recipe, parse_recipe
 from hovle_train.cost import Row, row_cost
 from hovle_train.loop import Trainer
+from hovle_train.recipe_file import load_recipe, parse_recipe
 from hovle_train.runtime import Runtime
 
 ASSUMED = plan.Assumptions(tiles=1, text_tokens=12, target_share=1.0, mfu=0.4)
@@ -53,24 +53,32 @@ def one_sample(trainer):
     return batch
 
 
+LORA = {"lora": {"r": 4}}  # on the LLM, whose own weights are frozen then
+LORA_ALONE = {"r": 8, "dropout": 0.1, "freeze": ["embedding.", "language_model."]}
+LORA_ON_ONE_LAYER = {"lora": {**LORA_ALONE, "target_modules": r".*language_model\.model\.layers\.1\..*_proj"}}
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    ("stage", "options", "embedding"),
+    ("stage", "options", "embedding", "wrappers"),
     [
-        ("language_modeling", None, {}),
-        ("distillation", None, {}),
-        ("distillation", {"teacher": {"name": "grid"}, "head": "mlp", "blocks": {1: 1, 2: 1}}, {}),
-        ("alignment", None, {}),
-        ("alignment", None, {"pixel_shuffle_loc": "post"}),
-        ("instruction_tuning", None, {}),
+        ("language_modeling", None, {}, {}),
+        ("distillation", None, {}, {}),
+        ("distillation", {"teacher": {"name": "grid"}, "head": "mlp", "blocks": {1: 1, 2: 1}}, {}, {}),
+        ("alignment", None, {}, {}),
+        ("alignment", None, {"pixel_shuffle_loc": "post"}, {}),
+        ("instruction_tuning", None, {}, {}),
+        ("instruction_tuning", None, {}, LORA),
+        ("instruction_tuning", None, {}, LORA_ON_ONE_LAYER),
     ],
 )
 def test_operations_are_those_that_torch_counts(
-    stage, options, embedding, checkpointing, make_recipe, plugins, llm, monkeypatch
+    stage, options, embedding, wrappers, checkpointing, make_recipe, plugins, llm, monkeypatch
 ):
     """A step of one sample with plain attention, which computes what causality hides as well."""
     fields = {"num_hidden_layers": 2, "image_size": 56, **embedding} if stage != "language_modeling" else {}
     model = {"attention": "eager", "activation_checkpointing": checkpointing, "embedding": fields}
+    model["wrappers"] = wrappers
     trainer = prepared(make_recipe, plugins, llm, stage, options, model=model)
     batch = one_sample(trainer)
     with FlopCounterMode(display=False) as counter:
@@ -81,30 +89,33 @@ def test_operations_are_those_that_torch_counts(
     length = batch.num_tokens
     targets = int((batch.labels != -100).sum())
     row = Row(length, length, batch.num_tiles, targets)
-    counted = row_cost(plan.meta_module(stage), row, torch.float32, checkpointing)
+    counted = row_cost(plan.meta_module(stage, plugins), row, torch.float32, checkpointing)
     assert counted.operations == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
 @pytest.mark.parametrize(
-    ("stage", "optim"),
+    ("stage", "optim", "wrappers"),
     [
-        ("language_modeling", {}),
-        ("distillation", {"name": "muon"}),
-        ("alignment", {"ema": {"decay": 0.9}}),
-        ("instruction_tuning", {"name": "muon"}),
+        ("language_modeling", {}, {}),
+        ("distillation", {"name": "muon"}, {}),
+        ("alignment", {"ema": {"decay": 0.9}}, {}),
+        ("instruction_tuning", {"name": "muon"}, {}),
+        ("instruction_tuning", {}, LORA),
+        ("instruction_tuning", {}, {"lora": LORA_ALONE}),
     ],
 )
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_states_are_as_large_as_the_tensors_that_are_there(
-    stage, optim, precision, make_recipe, plugins, llm
+    stage, optim, wrappers, precision, make_recipe, plugins, llm
 ):
-    trainer = prepared(make_recipe, plugins, llm, stage, train={"precision": precision}, optim=optim)
+    sections = {"train": {"precision": precision}, "optim": optim, "model": {"wrappers": wrappers}}
+    trainer = prepared(make_recipe, plugins, llm, stage, **sections)
     given = []
     trainer.optimizers[0].register_step_pre_hook(
         lambda *_: given.append(sum(p.grad.nbytes for p in trainer.weights if p.grad is not None))
     )
     trainer.step(0, trainer.loader(Ledger()).batches(0))
-    planned = plan.plan_stage(trainer.recipe, plugins.registry, "1xH100", ASSUMED)
+    planned = plan.plan_stage(trainer.recipe, plugins, "1xH100", ASSUMED)
     own = {p.data_ptr(): p.nbytes for p in (*trainer.module.parameters(), *trainer.weights)}
     assert planned.memory["weights"] == pytest.approx(sum(own.values()), rel=0.1)
     low = sum(p.numel() * 2 for p in trainer.weights) if precision == "bfloat16" else 0
@@ -115,10 +126,17 @@ def test_states_are_as_large_as_the_tensors_that_are_there(
     assert planned.trainable == sum(p.numel() for p in trainer.weights)
 
 
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_activations_take_what_this_process_grows_by(checkpointing, make_recipe, plugins, llm):
+@pytest.mark.parametrize(
+    ("checkpointing", "wrappers"),
+    [
+        (False, {}),
+        pytest.param(True, {}, marks=pytest.mark.slow),
+        pytest.param(False, LORA, marks=pytest.mark.slow),
+    ],
+)
+def test_activations_take_what_this_process_grows_by(checkpointing, wrappers, make_recipe, plugins, llm):
     """The graph of one long sample, held: resident memory before and after the forward pass."""
-    model = {"attention": "sdpa", "activation_checkpointing": checkpointing}
+    model = {"attention": "sdpa", "activation_checkpointing": checkpointing, "wrappers": wrappers}
     trainer = prepared(make_recipe, plugins, llm, "instruction_tuning", model=model)
     batch = one_sample(trainer)
     length = 24_000 if checkpointing else 8_000
@@ -142,7 +160,10 @@ def test_activations_take_what_this_process_grows_by(checkpointing, make_recipe,
         "stage", "instruction_tuning", recipe=trainer.recipe, registry=plugins.registry
     )
     counted = row_cost(
-        plan.meta_module(stage), Row(length, length, batch.num_tiles, 100), torch.float32, checkpointing
+        plan.meta_module(stage, plugins),
+        Row(length, length, batch.num_tiles, 100),
+        torch.float32,
+        checkpointing,
     )
     assert counted.saved == pytest.approx(grown, rel=0.1)
 
@@ -157,6 +178,8 @@ def test_packaged_recipes_are_planned_without_a_download(capsys):
     assert main(["plan", *NAMES, "--gpus", "8xH100", "--tiles", "6", "--json"]) == 0
     stages = json.loads(capsys.readouterr().out)["stages"]
     small, large = stages[:3], stages[3:]
+    assert main(["plan", "hovle-2.6b/pipeline", "--set", "run_dir=x", "--tiles", "6", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stages"] == small
     assert {s["parameters"] for s in small[1:]} == {2_606_325_760 - 9 * 3 * 2048}
     assert small[0]["parameters"] > small[1]["parameters"], "and the head"
     assert large[1]["parameters"] == pytest.approx(9.9e9, rel=0.02)
@@ -171,8 +194,7 @@ def test_packaged_recipes_are_planned_without_a_download(capsys):
 def test_sharding_divides_what_is_kept(plugins):
     recipe = load_recipe("hovle-2.6b/distillation", registry=plugins.registry)
     alone, shared = (
-        plan.plan_stage(recipe, plugins.registry, "8xH100", ASSUMED, sharded=sharded)
-        for sharded in (False, True)
+        plan.plan_stage(recipe, plugins, "8xH100", ASSUMED, sharded=sharded) for sharded in (False, True)
     )
     assert shared.memory["optimizer"] == pytest.approx(alone.memory["optimizer"] / 8)
     assert shared.memory["activations"] == alone.memory["activations"]
@@ -219,7 +241,11 @@ def test_packaged_recipes_run_dry_on_small_things(name, world, tmp_path, plugins
     assert "of 4 samples" in capsys.readouterr().out
 
 
-def test_a_model_with_wrappers_is_not_planned(make_recipe, plugins):
+def test_a_wrapper_that_reads_weights_is_named(make_recipe, plugins, monkeypatch):
+    def reads(plugins, module, wrappers):
+        next(module.parameters()).sum().item()
+
+    monkeypatch.setattr(plan, "wrap_model", reads)
     recipe = make_recipe("alignment", model={"wrappers": {"lora": {"r": 4}}})
-    with pytest.raises(ValueError, match="model.wrappers lora: a plan does not know"):
-        plan.plan_stage(recipe, plugins.registry, "1xH100", plan.Assumptions(1, 8, 0.5, 0.4), [], False)
+    with pytest.raises(ValueError, match=r"model.wrappers lora: made for a model with weights.*--set 'model"):
+        plan.plan_stage(recipe, plugins, "1xH100", ASSUMED)

@@ -32,22 +32,20 @@ def nodes():
     """A head without workers, and three nodes with room for one of them each; the last one is of another kind."""
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = Cluster()
+    little = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
     kinds = [("plain", {}), ("plain", {}), ("other", {"teacher": 1})]
-    added = [
-        cluster.add_node(
-            num_cpus=1,
-            resources={"trainer": 1, **more},
-            labels={"pool": pool},
-            object_store_memory=100 * 2**20,
-        )
-        for pool, more in kinds
-    ]
-    ray.init(address=cluster.address, log_to_driver=False)
-    yield added
-    ray.shutdown()
-    cluster.shutdown()
+    try:
+        cluster.add_node(include_dashboard=False, **little)
+        added = [
+            cluster.add_node(resources={"trainer": 1, **more}, labels={"pool": pool}, **little)
+            for pool, more in kinds
+        ]
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield added
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def processes(name):

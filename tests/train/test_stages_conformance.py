@@ -8,7 +8,7 @@ from hovle_core.registry import Provider, Spec
 from hovle_core.testing.conformance import StageTests
 from hovle_data.packing import pack
 from hovle_data.quarantine import Ledger
-from hovle_train.config import parse_recipe
+from hovle_train.recipe_file import parse_recipe
 from hovle_train.runtime import Runtime
 
 ROW = {"max_tokens": 96, "max_tiles": 8}

@@ -71,8 +71,8 @@ def run_train(args: argparse.Namespace) -> int:
 
 def load(args: argparse.Namespace, registry: Registry) -> Recipe | Pipeline:
     """What the command line names. Raises ValueError for `--from` and `--until` of a single recipe."""
-    from hovle_train.config import load_recipe, read_recipe
     from hovle_train.pipeline import is_pipeline, parse_pipeline
+    from hovle_train.recipe_file import load_recipe, read_recipe
 
     raw, path = read_recipe(args.recipe, registry)
     if is_pipeline(raw):

@@ -10,7 +10,7 @@ Shapes: T tokens of a row, E of them in the embedding blocks (more for HoVLE-HD)
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +127,8 @@ def row_cost(module: nn.Module, row: Row, dtype: torch.dtype, checkpointing: boo
         total += measure(lambda: embedding.image_tokens(pixels), embedding)
     image_tokens = row.tiles * config.tokens_per_tile
     block_tokens = row.tokens + image_tokens * (config.block_tokens_per_placeholder - 1)
-    learns = any(p.requires_grad for p in embedding.parameters())
+    # With recomputation transformers has gradients reach the first layer, whatever learns behind it.
+    learns = checkpointing or _learns(embedding)
     x = torch.empty(1, block_tokens, config.hidden_size, dtype=dtype, device="meta", requires_grad=learns)
     embedding.set_attn_implementation(COUNTED_ATTENTION)
     total += _stack(embedding, x, row.sample * block_tokens / row.tokens, checkpointing)
@@ -172,29 +173,38 @@ def _llm(llm: PreTrainedModel, x: Tensor, row: Row, checkpointing: bool) -> Cost
 
 def _stack(stack: Any, x: Tensor, sample: float, checkpointing: bool) -> Cost:
     """All layers of a stack on `x [1, T, D]`; `sample` is the length of the samples in it."""
-    layers = list(cast(Iterable[nn.Module], stack.layers))
     positions = torch.arange(x.shape[1], device="meta")[None]
     # cos and sin: made here, for RoPE that depends on the length asks for the positions' values.
     wide = (1, x.shape[1], 2 * stack.rotary_emb.inv_freq.shape[-1])
     rope = (x.new_empty(wide), x.new_empty(wide))
-    layer = layers[-1]  # gradients reach its input where any layer learns
-    inputs = x.detach().requires_grad_(x.requires_grad or any(p.requires_grad for p in stack.parameters()))
-    one = measure(
-        lambda: layer(inputs, attention_mask=None, position_embeddings=rope, position_ids=positions),
-        layer,
-        rope,
-    )
-    once = Cost(saved=sum(t.nbytes for t in rope) if inputs.requires_grad else 0)
     config = stack.config
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     scores = 4.0 * width * x.shape[1] * sample * CAUSAL_SHARE
-    one += Cost(scores, 2 * scores if inputs.requires_grad else 0)
-    if not (checkpointing and inputs.requires_grad):
-        return once + one * len(layers)
-    return once + Cost(
-        one.forward * len(layers),
-        (one.backward + one.forward) * len(layers),
-        x.numel() * x.element_size() * len(layers),
-        one.saved,  # of the layer whose turn it is
-    )
+    total = Cost()
+    for layer, reached, number in _kinds(stack.layers, x.requires_grad):
+        inputs = x.detach().requires_grad_(reached)
+        run = partial(layer, inputs, attention_mask=None, position_embeddings=rope, position_ids=positions)
+        has_backward = reached or _learns(layer)
+        one = measure(run, layer, rope) + Cost(scores, 2 * scores if has_backward else 0)
+        if checkpointing and has_backward:  # kept: its input; all else only while it has its turn
+            one = Cost(one.forward, one.backward + one.forward, x.numel() * x.element_size(), one.saved)
+        total += one * number
+    return total + Cost(saved=sum(t.nbytes for t in rope) if total.backward else 0)
+
+
+def _kinds(layers: Iterable[nn.Module], reached: bool) -> Iterable[tuple[nn.Module, bool, int]]:
+    """One of the layers that are alike, whether gradients reach its input, and how many these are.
+
+    `reached`: whether they reach the first one's. Adapters may sit on some layers alone.
+    """
+    kinds: dict[Any, list[nn.Module]] = {}
+    for layer in layers:
+        alike = tuple((name, p.shape, p.requires_grad) for name, p in layer.named_parameters())
+        kinds.setdefault((reached, alike), []).append(layer)
+        reached = reached or _learns(layer)
+    return [(same[0], reached, len(same)) for (reached, _), same in kinds.items()]
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())

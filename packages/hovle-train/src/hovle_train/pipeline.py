@@ -24,8 +24,9 @@ from pydantic import ValidationError
 
 from hovle_core.registry import Registry, did_you_mean
 from hovle_data.sections import Section, explain
-from hovle_train.config import Recipe, apply_overrides, parse_recipe, read_recipe
+from hovle_train.config import Recipe
 from hovle_train.lineage import check_run, parent_of
+from hovle_train.recipe_file import apply_overrides, parse_recipe, read_recipe
 from hovle_train.runs import is_finished
 
 _LABEL = re.compile(r"[A-Za-z0-9][\w.-]*")

@@ -16,6 +16,7 @@ from hovle_core.config import HovleConfig
 from hovle_core.hub import local_folder
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.official import is_released, read_released_config
+from hovle_core.plugins import HovlePlugins
 from hovle_core.registry import Registry
 from hovle_train.build import build_backbone, embedding_config
 from hovle_train.config import Recipe
@@ -25,6 +26,7 @@ from hovle_train.optim import is_block_matrix
 from hovle_train.runs import is_finished, resolve_checkpoint
 from hovle_train.stages.base import Stage
 from hovle_train.stages.distillation import Distillation
+from hovle_train.wrappers import wrap_model
 
 GIB = 2**30
 
@@ -88,7 +90,7 @@ def parse_gpus(text: str) -> tuple[int, str]:
 
 def plan_stage(
     recipe: Recipe,
-    registry: Registry,
+    plugins: HovlePlugins,
     gpus: str,
     assumptions: Assumptions,
     others: Sequence[Recipe] = (),
@@ -97,19 +99,15 @@ def plan_stage(
     """Plan one stage. `others` are recipes whose runs it may start from before they have run; `sharded`: each GPU has
     a share of weights, gradients and optimizer (FSDP2).
 
-    Raises ValueError for samples that fit no row, and for a model whose size nothing says yet.
+    Raises ValueError for samples that fit no row, for a model whose size nothing says yet, and for wrappers that need
+    its weights.
     """
     count, kind = parse_gpus(gpus)
-    gpu = GPUS[kind]
-    if recipe.model.wrappers:
-        raise ValueError(
-            f"model.wrappers {', '.join(recipe.model.wrappers)}: a plan does not know what they change; plan the "
-            "recipe without them"
-        )
+    gpu, registry = GPUS[kind], plugins.registry
     stage: Stage = registry.build(
         "stage", recipe.stage.name, recipe=_unloaded(recipe, registry), registry=registry
     )
-    module = meta_module(stage, others)
+    module = meta_module(stage, plugins, others)
     dtype = torch.float32 if recipe.train.precision == "float32" else torch.bfloat16
     row, tokens_per_step = _batch(recipe, module, assumptions, count)
     cost = row_cost(module, row, dtype, recipe.model.activation_checkpointing)
@@ -137,8 +135,8 @@ def plan_stage(
     )  # fmt: skip
 
 
-def meta_module(stage: Stage, others: Sequence[Recipe] = ()) -> nn.Module:
-    """What the stage trains, without contents, frozen where it says and in train mode."""
+def meta_module(stage: Stage, plugins: HovlePlugins, others: Sequence[Recipe] = ()) -> nn.Module:
+    """What the stage trains, without contents, frozen where it says, with its wrappers, and in train mode."""
     recipe = stage.recipe
     with torch.device("meta"):
         if "model.init_from" not in stage.reads:  # a bare LLM
@@ -148,8 +146,14 @@ def meta_module(stage: Stage, others: Sequence[Recipe] = ()) -> nn.Module:
         else:
             config = hovle_config(recipe, stage.registry, others)
             module = stage.wrap(HovleForConditionalGeneration(config))
-    freeze_except(module, stage.trainable(module))
-    return module
+        freeze_except(module, stage.trainable(module))
+        try:
+            return wrap_model(plugins, module, recipe.model.wrappers)
+        except (NotImplementedError, RuntimeError) as error:  # what torch raises where contents are asked for
+            raise ValueError(
+                f"model.wrappers {', '.join(recipe.model.wrappers)}: made for a model with weights, and a plan has "
+                f"shapes alone ({error}); plan without them: --set 'model.wrappers={{}}'"
+            ) from error
 
 
 def hovle_config(recipe: Recipe, registry: Registry, others: Sequence[Recipe]) -> HovleConfig:

@@ -19,12 +19,14 @@ def add_plan_parser(cli: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = cli.add_parser(
         "plan", help="parameters, memory, operations and hours of recipes, before they run"
     )
-    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="YAML files or names, one a stage")
+    parser.add_argument(
+        "recipes", nargs="+", metavar="RECIPE", help="YAML files or names, of stages or pipelines"
+    )
     parser.add_argument(
         "--gpus", default="8xH100", metavar="NxKIND", help="such as 8xH100 or 4x8xA100 (default: %(default)s)"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                        help="override a field in all of them (may be repeated)")  # fmt: skip
+                        help="override a field in all of them, as `hovle train` does (may be repeated)")  # fmt: skip
     parser.add_argument(
         "--strategy", choices=("ddp", "fsdp2"), help="how GPUs share a step (default: the recipe's)"
     )
@@ -44,7 +46,6 @@ def add_plan_parser(cli: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    from hovle_train.config import load_recipe
     from hovle_train.plan import plan_stage
 
     registry: Registry = args.plugins.registry
@@ -57,18 +58,29 @@ def run_plan(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} {value:g} must be within {low:g} and {high:g}")
-    recipes = [load_recipe(name, args.overrides, registry) for name in args.recipes]
+    recipes = [recipe for name in args.recipes for recipe in stages_of(name, args.overrides, registry)]
     others = [*recipes, *(r for name in args.recipes for r in siblings(name, registry))]
     plans = []
     for recipe in recipes:
         strategy = args.strategy or recipe.parallel.strategy
         assumed = assumptions(args, recipe, others)
-        plans.append(plan_stage(recipe, registry, args.gpus, assumed, others, strategy == "fsdp2"))
+        plans.append(plan_stage(recipe, args.plugins, args.gpus, assumed, others, strategy == "fsdp2"))
         if not args.json:
             show(plans[-1], recipe, assumed, args.gpus, strategy)
     if args.json:
         print(json.dumps({"gpus": args.gpus, "stages": [asdict(plan) for plan in plans]}, indent=1))
     return 0
+
+
+def stages_of(name: str, overrides: list[str], registry: Registry) -> list[Recipe]:
+    """The recipe of a file or name, or those of a pipeline."""
+    from hovle_train.pipeline import is_pipeline, parse_pipeline
+    from hovle_train.recipe_file import load_recipe, read_recipe
+
+    raw, path = read_recipe(name, registry)
+    if is_pipeline(raw):
+        return list(parse_pipeline(raw, overrides, registry, path).recipes.values())
+    return [load_recipe(name, overrides, registry)]
 
 
 def assumptions(args: argparse.Namespace, recipe: Recipe, others: list[Recipe]) -> Assumptions:
@@ -93,7 +105,7 @@ def assumptions(args: argparse.Namespace, recipe: Recipe, others: list[Recipe]) 
 def siblings(name: str, registry: Registry) -> list[Recipe]:
     """Recipes in the folder of this one: a stage starts from a run that one of them makes."""
     from hovle_data.sections import read_yaml
-    from hovle_train.config import load_recipe
+    from hovle_train.recipe_file import load_recipe
 
     path = Path(name) if Path(name).is_file() else registry.resource("recipe", name)
     found = []

@@ -28,6 +28,7 @@ def hovle_recipes() -> list[Spec]:
         "distillation": "the embedding learns to see",
         "alignment": "and to write what the LLM reads",
         "instruction_tuning": "and to answer",
+        "pipeline": "all three stages",
     }
     return [
         Spec(f"{model}/{stage}", f"hovle_train:recipes/{model}/{stage}.yaml", summary=f"{summary}, on {llm}")

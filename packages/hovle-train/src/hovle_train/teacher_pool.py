@@ -1,8 +1,11 @@
 """Teachers on nodes of their own: Ray actors that compute features for training workers, ahead of their steps.
 
-A worker's data thread asks for a sample's features when it has read the sample, and the step takes them. What is asked
-and not yet taken is what the loader holds prepared, which is bounded: teachers never run ahead further than that, and a
+A worker's data threads ask for the features of samples as they read them, and the step takes them. What is asked and
+not yet taken is what the loader holds prepared, which is bounded: teachers never run ahead further than that, and a
 step waits only where they are too slow.
+
+A worker's samples of one step travel together, `TILES_A_CALL` tiles at a time, in the order of their positions: a
+teacher computes few large batches, and the same ones after a restart.
 
 Shapes: N tiles, n tiles of one sample, S tile side in pixels, h x w the teacher's grid, C its channels.
 """
@@ -24,7 +27,8 @@ from hovle_core.roles import TeacherEncoder
 from hovle_data.streams import UnpairedStream
 from hovle_train.config import Recipe
 
-Ask = Callable[[np.ndarray], None]
+Ask = Callable[[int, np.ndarray], None]
+TILES_A_CALL = 16
 
 
 class Teacher:
@@ -76,28 +80,49 @@ def start_pool(recipe: Recipe) -> list[Any]:
 
 
 class PooledTeacher(TeacherEncoder):
-    """A teacher that others run. `ask` starts on a sample's tiles and `features` waits for what was asked."""
+    """A teacher that others run. `ask` starts on the tiles of samples and `features` waits for what was asked.
 
-    def __init__(self, names: Sequence[str]):
+    samples_per_step: so many positions are a step. They are sent together, when the next step is asked for or one of
+        them is wanted.
+    """
+
+    def __init__(self, names: Sequence[str], samples_per_step: int = 1):
         super().__init__()
+        self.samples_per_step = samples_per_step
         self._actors: list[Any] = [ray.get_actor(name) for name in names]
         self._turn = itertools.cycle(self._actors)
         self._layer_sizes: list[int] = ray.get(self._actors[0].layer_sizes.remote())
         self.feature_size = sum(self._layer_sizes)
-        # Tile -> its sample's answer, its row there, and how often it was asked for and not yet taken.
+        # Tile -> its call's answer, its row there, and how often it was asked for and not yet taken.
         self._asked: dict[bytes, tuple[Any, int, int]] = {}
+        self._waiting: dict[
+            int, np.ndarray
+        ] = {}  # position -> tiles [n, 3, S, S] of a step that is being read
         self._lock: threading.Lock = threading.Lock()  # data threads ask, the step takes
 
     @property
     def layer_sizes(self) -> Sequence[int]:
         return self._layer_sizes
 
-    def ask(self, tiles: np.ndarray) -> None:
-        """Start on the tiles of one sample, uint8 `[n, S, S, 3]`."""
-        channels_first = np.ascontiguousarray(tiles.transpose(0, 3, 1, 2))
-        answer = next(self._turn).features.remote(channels_first)
+    def ask(self, k: int, tiles: np.ndarray) -> None:
+        """Start on the tiles of the sample at position k, uint8 `[n, S, S, 3]`."""
+        step = k // self.samples_per_step
         with self._lock:
-            for row, tile in enumerate(channels_first):
+            if any(other // self.samples_per_step != step for other in self._waiting):
+                self._send()
+            self._waiting[k] = np.ascontiguousarray(tiles.transpose(0, 3, 1, 2))
+
+    def _send(self) -> None:
+        """Ask for all that waits; the lock is held."""
+        if not self._waiting:
+            return
+        # Data threads come in any order.
+        tiles = np.concatenate([self._waiting[k] for k in sorted(self._waiting)])
+        self._waiting = {}
+        for start in range(0, len(tiles), TILES_A_CALL):
+            sent = tiles[start : start + TILES_A_CALL]
+            answer = next(self._turn).features.remote(sent)
+            for row, tile in enumerate(sent):
                 name = _name(tile)
                 times = self._asked[name][2] if name in self._asked else 0
                 self._asked[name] = (answer, row, times + 1)
@@ -118,6 +143,8 @@ class PooledTeacher(TeacherEncoder):
 
     def _take(self, name: bytes) -> tuple[Any, int] | None:
         with self._lock:
+            if name not in self._asked:
+                self._send()
             if name not in self._asked:
                 return None
             answer, row, times = self._asked.pop(name)
@@ -140,5 +167,5 @@ class AskingStream(UnpairedStream):
     def get(self, k: int) -> Encoded | None:
         sample = super().get(k)
         if sample is not None and len(sample.tiles):
-            self.ask(sample.tiles)
+            self.ask(k, sample.tiles)
         return sample

@@ -65,7 +65,9 @@ class Distillation(Stage):
     Options = DistillationOptions
     reads = ("data.images", "data.texts", "data.text_tokens", *HOVLE_FIELDS)
     target_kinds: tuple[str, ...] = ("image_cosine", "text_cosine")
-    ask: Callable[[np.ndarray], None] | None = None  # of a pool, for the features of tiles `[n, S, S, 3]`
+    ask: Callable[[int, np.ndarray], None] | None = (
+        None  # of a pool, for features of a position's tiles [n, S, S, 3]
+    )
 
     def __init__(self, recipe: Recipe, registry: Registry):
         super().__init__(recipe, registry)
@@ -117,7 +119,8 @@ class Distillation(Stage):
             from hovle_train.teacher_pool import PooledTeacher, pool_names
 
             if ray.is_initialized():
-                pooled = PooledTeacher(pool_names(self.recipe))
+                # How many samples are a step of full rows is not known beforehand: each one is asked for alone.
+                pooled = PooledTeacher(pool_names(self.recipe), self.recipe.train.global_batch_size or 1)
                 self.ask = pooled.ask
                 return pooled
         return build_teacher(self.options.all_teachers, self.registry, num_tokens)
