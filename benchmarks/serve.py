@@ -8,8 +8,9 @@ Measured in turns, so that a machine that slows down is slow for all:
   whose depth is that of blocks and LLM together, with and without its continuous batching (`ratio_transformers_serve`
   is over the faster of the two; the same requests go to `hovle serve`).
 
-Weights are random, in float32; no token ends an answer early. Every round has prompts of its own, so that no prefix of
-the round before is reused. `--rounds N`, `--skip-transformers`.
+Ratios are of one round, and the median round counts. Tokens are those that a peer says it wrote. Weights are random, in
+float32; no token ends an answer early. Every round has prompts of its own, so that no prefix of the round before is
+reused. `--rounds N`, `--seconds S` (no round begins later), `--skip-transformers`.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -85,9 +87,7 @@ def write_models(folder: Path) -> None:
         HovleImageProcessor(TILE, 1, MAX_TILES), tokenizer, tokens_per_tile=TOKENS_PER_TILE
     )
     processor.save_pretrained(folder / "hovle")
-    bare = llama(BLOCKS + LAYERS)
-    bare.generation_config.suppress_tokens = unsaid
-    bare.save_pretrained(folder / "llm")
+    llama(BLOCKS + LAYERS).save_pretrained(folder / "llm")
     tokenizer.save_pretrained(folder / "llm")
 
 
@@ -128,78 +128,73 @@ def encoded(processor: HovleProcessor, body: Body) -> Encoded:
     return processor.encode(messages, [image], add_generation_prompt=True)
 
 
-def tokens_of(bodies: Sequence[Body]) -> int:
-    return sum(body["max_tokens"] for body in bodies)
-
-
-# ---- the peers: each answers `bodies` and gives the seconds ----------------------------------------------------------
+# ---- the peers: each answers `bodies` and gives the number of tokens it wrote ----------------------------------------
 
 
 def one_by_one(
     model: HovleForConditionalGeneration, processor: HovleProcessor, bodies: Sequence[Body]
-) -> float:
-    start = time.perf_counter()
+) -> int:
+    tokens = 0
     for body in bodies:
         prompt = encoded(processor, body)
         out = model.generate(
             **processor.batch([prompt]), max_new_tokens=body["max_tokens"], do_sample=False, eos_token_id=None
         )
-        assert out.shape[1] == len(prompt.input_ids) + body["max_tokens"]
-    return time.perf_counter() - start
+        tokens += out.shape[1] - len(prompt.input_ids)
+    return tokens
 
 
-def in_engine(engine: Engine, processor: HovleProcessor, bodies: Sequence[Body]) -> float:
-    """As the server does it, two prompts are prepared at a time while the others are answered."""
-    remaining = threading.Semaphore(0)
+def in_engine(engine: Engine, processor: HovleProcessor, bodies: Sequence[Body]) -> int:
+    """One thread prepares prompts while the first ones are answered, as in the server."""
+    ended: SimpleQueue[Any] = SimpleQueue()
 
-    def ask(body: Body) -> None:
-        def deliver(piece: Any) -> None:
-            if isinstance(piece, Exception):
-                raise piece
-            if piece.finish_reason is not None:
-                assert piece.completion_tokens == body["max_tokens"]
-                remaining.release()
+    def deliver(piece: Any) -> None:
+        if isinstance(piece, Exception) or piece.finish_reason is not None:
+            ended.put(piece)
 
+    for body in bodies:
         engine.submit(Request(encoded(processor, body), Sampling(body["max_tokens"]), deliver))
-
-    start = time.perf_counter()
-    for body in bodies:  # one thread: a tokenizer is not safe for two
-        ask(body)
-    for _ in bodies:
-        remaining.acquire()
-    return time.perf_counter() - start
+    pieces = [ended.get() for _ in bodies]
+    if failed := [piece for piece in pieces if isinstance(piece, Exception)]:
+        raise failed[0]
+    return sum(piece.completion_tokens for piece in pieces)
 
 
 class Served:
-    """Streams from a server, 16 at a time; keeps the seconds to the first text and between texts."""
+    """Streams from a server, 16 at a time; keeps the seconds to the first text and between texts.
 
-    def __init__(self, port: int, model: str) -> None:
-        self.port, self.model = port, model
+    `fields` are sent with every request: OpenAI's servers say on request what they wrote, transformers' always.
+    """
+
+    def __init__(self, port: int, model: str, **fields: Any) -> None:
+        self.port, self.fields = port, {"model": model, "stream": True, **fields}
         self.first: list[float] = []
         self.between: list[float] = []
 
-    def run(self, bodies: Sequence[Body]) -> float:
-        raw = [json.dumps({**body, "model": self.model, "stream": True}).encode() for body in bodies]
-        start = time.perf_counter()
+    def run(self, bodies: Sequence[Body]) -> int:
+        raw = [json.dumps(body | self.fields).encode() for body in bodies]
         with ThreadPoolExecutor(len(raw)) as pool:
-            list(pool.map(self._ask, raw))
-        return time.perf_counter() - start
+            return sum(pool.map(self._ask, raw))
 
-    def _ask(self, body: bytes) -> None:
+    def _ask(self, body: bytes) -> int:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=280)
         last = start = time.perf_counter()
         connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         if response.status != 200:
             raise RuntimeError(f"{response.status}: {response.read()[:500]!r}")
+        tokens = 0
         for line in response:
             if b'"content"' in line and b'"content":""' not in line:
                 now = time.perf_counter()
                 (self.first if last == start else self.between).append(now - last)
                 last = now
+            if found := re.search(rb'"completion_tokens": ?(\d+)', line):
+                tokens = int(found[1])
+            if b'"error"' in line:
+                raise RuntimeError(line[:500])
         connection.close()
-        if last == start:
-            raise RuntimeError("an answer without text")
+        return tokens
 
 
 @contextmanager
@@ -242,18 +237,30 @@ def healthy(port: int) -> bool:
 
 
 def in_turns(
-    peers: dict[str, Callable[[Sequence[Body]], float]], rounds: int, pictures: bool
-) -> dict[str, float]:
-    """Tokens per second of each, the median round. A round that is not counted warms up."""
+    peers: dict[str, Callable[[Sequence[Body]], int]], rounds: int, pictures: bool, until: float
+) -> dict[str, list[float]]:
+    """Tokens per second of each in every round, whose order turns. One that is not counted warms up."""
     speeds: dict[str, list[float]] = {name: [] for name in peers}
     for run in peers.values():
         run(requests(-1, pictures)[:2])
+    names = list(peers)
     for turn in range(rounds):
+        if turn and time.monotonic() > until:
+            break
         bodies = requests(turn + (100 if pictures else 0), pictures)
-        for name, run in peers.items():
-            speeds[name].append(tokens_of(bodies) / run(bodies))
-            print(f"round {turn}: {name} {speeds[name][-1]:.1f} tokens/s", file=sys.stderr)
-    return {name: statistics.median(values) for name, values in speeds.items()}
+        wanted = sum(body["max_tokens"] for body in bodies)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            tokens = peers[name](bodies)
+            speeds[name].append(tokens / (time.perf_counter() - start))
+            print(
+                f"round {turn}: {name} {speeds[name][-1]:.1f} tokens/s, {tokens} of {wanted}", file=sys.stderr
+            )
+    return speeds
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
@@ -264,30 +271,32 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 # ---- together --------------------------------------------------------------------------------------------------------
 
 
-def against_transformers(folder: Path, ours: Served, rounds: int) -> dict[str, float]:
+def against_transformers(folder: Path, ours: Served, rounds: int, until: float) -> dict[str, list[float]]:
     """The same text requests to `hovle serve` and to both modes of `transformers serve` on the bare LLM."""
     path = str(folder / "llm")
     base = [str(Path(sys.executable).with_name("transformers")), "serve", path, "--device", "cpu"]
     base += ["--dtype", "float32", "--host", "127.0.0.1"]
-    blocks = ["--continuous-batching", "--cb-num-blocks", "64", "--cb-max-batch-tokens", "512"]
+    blocks = ["--continuous-batching", "--cb-num-blocks", "256", "--cb-max-batch-tokens", "512"]
     port = 20_000 + os.getpid() % 10_000
     with (
         server([*base, "--port", str(port)], None, port),
         server([*base, *blocks, "--port", str(port + 1)], None, port + 1),
     ):
         peers = {
-            "hovle serve, text": Served(ours.port, ours.model).run,
+            "hovle serve, text": ours.run,
             "transformers serve": Served(port, path).run,
             "transformers serve --continuous-batching": Served(port + 1, path).run,
         }
-        return in_turns(peers, rounds, pictures=False)
+        return in_turns(peers, rounds, pictures=False, until=until)
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--seconds", type=float, default=600)
     arguments.add_argument("--skip-transformers", action="store_true")
     args = arguments.parse_args()
+    start = time.monotonic()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -297,28 +306,33 @@ def main() -> None:
         processor = HovleProcessor.from_pretrained(path)
         command = [sys.executable, "-m", "hovle_core.cli", "serve", path, "--port", "0"]
         with server(command, r"serving \S+ on http://127.0.0.1:(\d+)") as port:
-            served = Served(port, "hovle")
+            usage = {"stream_options": {"include_usage": True}}
+            served = Served(port, "hovle", **usage)
             with Engine(model, processor) as engine:
                 peers = {
                     "generate": lambda bodies: one_by_one(model, processor, bodies),
                     "engine": lambda bodies: in_engine(engine, processor, bodies),
                     "hovle serve": served.run,
                 }
-                speed = in_turns(peers, args.rounds, pictures=True)
+                half = start + args.seconds / 2
+                speed = in_turns(peers, args.rounds, pictures=True, until=half)
             if not args.skip_transformers:
-                speed |= against_transformers(folder, served, args.rounds)
+                text = Served(port, "hovle", **usage)
+                speed |= against_transformers(folder, text, args.rounds, start + args.seconds)
     result: dict[str, Any] = {
         "benchmark": "serve",
-        "tokens_per_s": {name: round(value, 1) for name, value in speed.items()},
-        "ratio_sequential": round(speed["hovle serve"] / speed["generate"], 2),
-        "stream_overhead": round(1 - speed["hovle serve"] / speed["engine"], 3),
+        "tokens_per_s": {name: round(statistics.median(values), 1) for name, values in speed.items()},
+        "ratio_sequential": round(ratio(speed["hovle serve"], speed["generate"]), 2),
+        "stream_overhead": round(1 - ratio(speed["hovle serve"], speed["engine"]), 3),
         "first_text": percentiles(served.first),
         "between_texts": percentiles(served.between),
+        "rounds": {name: len(values) for name, values in speed.items()},
         "threads": torch.get_num_threads(),
     }
-    theirs = [value for name, value in speed.items() if name.startswith("transformers")]
+    theirs = [values for name, values in speed.items() if name.startswith("transformers")]
     if theirs:
-        result["ratio_transformers_serve"] = round(speed["hovle serve, text"] / max(theirs), 2)
+        best = max(theirs, key=statistics.median)
+        result["ratio_transformers_serve"] = round(ratio(speed["hovle serve, text"], best), 2)
     print(json.dumps(result))
 
 

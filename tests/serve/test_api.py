@@ -150,6 +150,19 @@ def test_many_at_once_each_hear_their_own_answer(serve):
     assert len(set(alone)) == 8
 
 
+def test_a_system_message_and_a_picture_are_read_once(serve):
+    server = serve()
+    system = [{"role": "system", "content": "be brief " * 9}]
+    wide = data_uri((300, 60))  # 5 tiles of 4 tokens
+    for i, question in enumerate(("what is this?", "and what colour has it?")):
+        usage = ask(server.client(), [*system, *with_pictures(question, wide)]).usage
+        reused = float(
+            re.search(r"^hovle_reused_prompt_tokens (\S+)", server.http.get("/metrics").text, re.M)[1]
+        )
+        assert usage.prompt_tokens_details.image_tokens == 20
+        assert (20 + 9 < reused < usage.prompt_tokens) if i else reused == 0
+
+
 def test_curl(serve, tmp_path):
     assert shutil.which("curl")
     server = serve()

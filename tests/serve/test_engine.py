@@ -201,17 +201,69 @@ def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(
         assert engine.reused_tokens == 0
 
 
+@pytest.mark.parametrize("layout", ["pre", "post", "image_bidirectional"])
+def test_what_is_new_in_prompts_that_come_together_is_read_in_one_forward(
+    model, silent_hd, processor, encode, layout
+):
+    model = silent_hd if layout == "post" else model
+    if layout == "image_bidirectional":
+        model.config.embedding_config.mask_type = layout
+    red, wide = (60, 60), (300, 60)
+    blue, what = "blue circle " * 6, "what is this? " * 3
+    waves = [
+        [encode(blue + "hi"), encode(what, red), encode("red", wide)],
+        # Behind what is known of the first three: other words, another picture; and a prompt that is all new.
+        [encode(blue + "and red?"), encode(what + "this?", red), encode("red", wide, red), encode("a", (60, 200))],
+    ]  # fmt: skip
+    expected = [[generated(model, processor, prompt, 10) for prompt in wave] for wave in waves]
+    read = []
+    model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    with Engine(model, processor) as engine:
+        for prompts, texts in zip(waves, expected, strict=True):
+            read.clear()
+            assert together(engine, prompts, 10) == texts
+            assert [rows for rows, tokens in read if tokens > 1] == [len(prompts)]
+        assert engine.reused_tokens > 60
+
+
+def together(engine: Engine, prompts: list[Encoded], tokens: int) -> list[str]:
+    """Answers to prompts that are submitted at once."""
+    heard: list[list[Piece]] = [[] for _ in prompts]
+    sampling = Sampling(max_new_tokens=tokens)
+    engine.submit(
+        *(Request(prompt, sampling, pieces.append) for prompt, pieces in zip(prompts, heard, strict=True))
+    )
+    until(lambda: all(pieces and pieces[-1].finish_reason for pieces in heard))
+    return ["".join(piece.text for piece in pieces) for pieces in heard]
+
+
+def test_a_picture_that_two_ask_about_at_once_is_read_once(model, processor, encode):
+    prompts = [encode(text, (300, 60)) for text in ("what is this?", "what colour has it?")]
+    expected = [generated(model, processor, prompt, 6) for prompt in prompts]
+    tiles = []
+    model.embedding.patch_embed.register_forward_pre_hook(lambda _, args: tiles.append(len(args[0])))
+    with Engine(model, processor) as engine:
+        assert together(engine, prompts, 6) == expected
+    assert tiles == [5]
+    with Engine(model, processor, max_prefix_tokens=0) as engine:  # each for itself, in one forward
+        assert together(engine, prompts, 6) == expected
+    assert tiles == [5, 10]
+
+
 def test_the_prefixes_kept_are_the_newest_and_within_their_budget(model, processor, encode):
     prompts = [encode(f"{word} " * 12) for word in ("red", "blue", "circle")]
     lengths = [len(prompt.input_ids) for prompt in prompts]
     prefixes = PrefixCache(model, processor, max(lengths[0] + lengths[1], lengths[1] + lengths[2]))
     with torch.inference_mode():
         for prompt in prompts:
-            prefixes.prefill(prompt)
+            list(prefixes.read([prompt]))
         assert prefixes.num_tokens == lengths[1] + lengths[2]
-        prefixes.prefill(prompts[1])
+        list(prefixes.read([prompts[1]]))
+        assert prefixes.num_tokens == lengths[1] + lengths[2]  # kept once
         assert prefixes.reused_tokens == lengths[1] - 1
-        prefixes.prefill(prompts[0])
+        list(prefixes.read([prompts[0]]))
         assert prefixes.reused_tokens == lengths[1] - 1
 
 

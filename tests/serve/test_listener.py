@@ -4,7 +4,10 @@ import base64
 import contextlib
 import json
 import socket
+import struct
 import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -115,6 +118,64 @@ def test_huge_headers_and_bodies_leave_memory_flat(serve):
     for _ in range(4):
         after = attack()
     assert after - before < 40e6
+    assert server.post({}).status_code == 200
+
+
+def png(width: int, height: int, *more: tuple[bytes, bytes]) -> bytes:
+    """A picture that says how large it is, and holds next to nothing."""
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", size), *more, (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+
+
+def test_bombs_leave_memory_flat_and_an_answer_in_work_as_it_is(serve):
+    server, process = serve(), psutil.Process()
+    swollen = zlib.compress(b"\0" * 100_000_000, 9)
+    bombs = {
+        "pixels": png(60_000, 60_000),
+        "a gif's pixels": b"GIF89a" + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0) + b"\0" * 100,
+        "text": png(60, 60, (b"zTXt", b"a\0\0" + swollen)),
+        "a profile": png(60, 60, (b"iCCP", b"a\0\0" + swollen)),
+        "rows that do not come": png(4_000, 4_000),
+        "a tiff's directory": b"II*\0" + struct.pack("<I", 8) + b"\xff" * 4_000,
+    }
+
+    def attack() -> int:
+        for name, data in bombs.items():
+            url = "data:image/png;base64," + base64.b64encode(data).decode()
+            answer = server.post(
+                {
+                    "messages": [
+                        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+                    ]
+                }
+            )
+            assert answer.status_code == 400, (name, answer.text)
+            assert answer.json()["error"]["code"] == "invalid_image"
+        return process.memory_info().rss
+
+    long = {"messages": [{"role": "user", "content": "what?"}], "max_tokens": 400}
+    alone = server.post(long).json()["choices"][0]["message"]["content"]
+    attack()
+    before = attack()
+    with ThreadPoolExecutor(1) as pool:
+        hit = pool.submit(server.post, long)
+        for _ in range(3):
+            after = attack()
+    assert hit.result().json()["choices"][0]["message"]["content"] == alone
+    assert after - before < 40e6
+
+
+def test_a_body_without_a_length_is_not_read_for_ever(serve):
+    def endless():
+        for _ in range(40_000_000 // 2**16):
+            yield b" " * 2**16
+
+    server = serve()
+    assert server.post(endless()).status_code == 413
     assert server.post({}).status_code == 200
 
 

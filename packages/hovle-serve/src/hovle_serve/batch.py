@@ -13,22 +13,49 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hovle_core.cache import GrowingLayer
-from hovle_core.fusion import Expansion
+from hovle_core.fusion import Expansion, expand_placeholders
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import Encoded, HovleProcessor
+
+# Keys and values of a layer, `[B, K, T, d]` each.
+KeysValues = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Prefilled:
-    """A prompt's cache, one row, and its lengths in the LLM and in the blocks (which differ for HoVLE-HD)."""
+    """A row's keys and values `[1, K, t, d]`, the LLM's layers first, and its lengths in the LLM and in the blocks
+    (which differ for HoVLE-HD)."""
 
-    cache: Cache
+    layers: Sequence[KeysValues]
     llm_length: int
     block_length: int
+
+    def first(self, llm_length: int, block_length: int, num_llm_layers: int) -> "Prefilled":
+        """As many tokens of it from its beginning; a view."""
+        lengths = [llm_length if i < num_llm_layers else block_length for i in range(len(self.layers))]
+        layers = [
+            (keys[:, :, :n], values[:, :, :n]) for (keys, values), n in zip(self.layers, lengths, strict=True)
+        ]
+        return Prefilled(layers, llm_length, block_length)
+
+
+NOTHING = Prefilled((), 0, 0)
+
+
+@dataclass(frozen=True)
+class Unread:
+    """The tokens and tiles of a prompt that follow what is `known` of it."""
+
+    rest: Encoded
+    known: Prefilled = NOTHING
+
+    def __len__(self) -> int:
+        return len(self.rest.input_ids)
 
 
 def check_batchable(model: HovleForConditionalGeneration) -> None:
@@ -50,17 +77,71 @@ def block_length(model: HovleForConditionalGeneration, prompt: Encoded) -> int:
 
 
 def prefill(
-    model: HovleForConditionalGeneration,
-    processor: HovleProcessor,
-    prompt: Encoded,
-    cache: Cache | None = None,
-) -> tuple[Cache, Tensor]:
-    """Run one prompt by itself, all its tiles in one batch, behind what `cache` holds: the cache, and the logits
-    `[1, V]` of the next token."""
-    inputs: dict[str, Any] = processor.batch([prompt], model.device)
-    del inputs["attention_mask"]  # nothing is padded
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    return cache, model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    model: HovleForConditionalGeneration, processor: HovleProcessor, unread: Sequence[Unread]
+) -> list[tuple[Prefilled, Tensor]]:
+    """Read what is new in several prompts in one forward, all their tiles in one batch. Of each: its row, and the
+    logits `[1, V]` of its next token.
+
+    What is known is padded on the left and what is new as well, so a shorter row has padding between the two.
+    """
+    inputs: dict[str, Any] = processor.batch([one.rest for one in unread], model.device)
+    new_mask, known = inputs.pop("attention_mask"), [one.known for one in unread]
+    if len(unread) > 1:  # alone nothing is padded
+        inputs |= _padded_view(model, inputs["input_ids"], new_mask, known)
+    num_layers = len(DynamicCache(config=model.config).layers)
+    cache = Cache(layers=[_known_layer(known, i) for i in range(num_layers)])
+    logits = model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    return [(_row(model, cache, unread, i), logits[i : i + 1]) for i in range(len(unread))]
+
+
+def _padded_view(
+    model: HovleForConditionalGeneration, input_ids: Tensor, new_mask: Tensor, known: Sequence[Prefilled]
+) -> dict[str, Any]:
+    """The mask `[B, known + new]`, from which the model counts positions, and for HoVLE-HD the blocks' own."""
+    device, lengths = new_mask.device, [row.llm_length for row in known]
+    view: dict[str, Any] = {"attention_mask": torch.cat([_left_padding(lengths, device), new_mask], 1)}
+    repeats = model.config.embedding_config.block_tokens_per_placeholder
+    if repeats > 1:
+        lengths = [row.block_length for row in known]
+        new = expand_placeholders(input_ids == model.config.image_token_id, repeats, new_mask)
+        view["expansion"] = Expansion(
+            source=new.source,
+            attention_mask=torch.cat([_left_padding(lengths, device), new.attention_mask], 1),
+            position_ids=new.position_ids + torch.tensor(lengths, device=device).unsqueeze(1),
+        )
+    return view
+
+
+def _known_layer(known: Sequence[Prefilled], place: int) -> GrowingLayer:
+    """What rows know in a layer, stacked, to be appended to without touching it."""
+    keys, values = next((row.layers[place] for row in known if row.layers), (None, None))
+    if keys is None or values is None:
+        return GrowingLayer()
+    nothing = (keys[:, :, :0], values[:, :, :0])
+    return _stacked([row.layers[place] if row.layers else nothing for row in known])
+
+
+def _row(model: HovleForConditionalGeneration, cache: Cache, unread: Sequence[Unread], row: int) -> Prefilled:
+    """One row of what was read, without padding."""
+    one, layers = unread[row], [(layer.keys, layer.values) for layer in cache.layers]
+    known, new = one.known, (len(one.rest.input_ids), block_length(model, one.rest))
+    if len(unread) > 1:
+        num_llm_layers = model.config.text_config.num_hidden_layers
+        longest = max(u.known.llm_length for u in unread), max(u.known.block_length for u in unread)
+
+        def unpadded(x: Tensor, stack: int) -> Tensor:
+            past, known_here = longest[stack], (known.llm_length, known.block_length)[stack]
+            parts = (
+                x[row : row + 1, :, past - known_here : past],
+                x[row : row + 1, :, x.shape[2] - new[stack] :],
+            )
+            return torch.cat(parts, 2)
+
+        layers = [
+            (unpadded(keys, int(i >= num_llm_layers)), unpadded(values, int(i >= num_llm_layers)))
+            for i, (keys, values) in enumerate(layers)
+        ]
+    return Prefilled(layers, known.llm_length + new[0], known.block_length + new[1])
 
 
 class DecodeBatch:
@@ -82,9 +163,9 @@ class DecodeBatch:
 
     def join(self, rows: Sequence[Prefilled]) -> None:
         """Add rows behind those that are there."""
-        stacks = [row.cache.layers for row in rows]
+        stacks = [row.layers for row in rows]
         if self._layers:
-            stacks.insert(0, self._layers)
+            stacks.insert(0, [(layer.keys, layer.values) for layer in self._layers])
         self._layers = [_stacked(layers) for layers in zip(*stacks, strict=True)]
         self.llm_lengths += [row.llm_length for row in rows]
         self.block_lengths += [row.block_length for row in rows]
@@ -126,22 +207,15 @@ class DecodeBatch:
         return logits
 
 
-def _stacked(layers: Sequence[Any]) -> GrowingLayer:
-    """Layers of unlike length `[n, K, t, d]` -> one `[B, K, T, d]`, zeros before the shorter ones."""
-    T = max(layer.keys.shape[2] for layer in layers)
+def _stacked(layers: Sequence[KeysValues]) -> GrowingLayer:
+    """Keys and values of unlike length `[n, K, t, d]` -> one layer `[B, K, T, d]`, zeros before the shorter ones."""
+    if len(layers) == 1:
+        return _layer(*layers[0])
+    T = max(keys.shape[2] for keys, _ in layers)
     keys, values = (
-        torch.cat([_padded(getattr(layer, name), T) for layer in layers]) for name in ("keys", "values")
+        torch.cat([F.pad(x, (0, 0, T - x.shape[2], 0)) for x in both]) for both in zip(*layers, strict=True)
     )
     return _layer(keys, values)
-
-
-def _padded(x: Tensor, length: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, 0, length - x.shape[2], 0))
-
-
-def copied_layer(layer: Any, length: int) -> GrowingLayer:
-    """The first `length` tokens of a layer, to be appended to without touching it."""
-    return _layer(layer.keys[:, :, :length], layer.values[:, :, :length])
 
 
 def _layer(keys: Tensor, values: Tensor) -> GrowingLayer:

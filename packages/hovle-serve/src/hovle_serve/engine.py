@@ -1,8 +1,8 @@
 """Continuous batching: one thread owns the model, and requests join and leave the batch between any two steps.
 
-A step: drop who was cancelled, prefill who waits and fits, then decode one token of every row. Prompts run one by
-one, as `generate` would run them; only decoding is batched. A request's whole length is reserved when it is taken in,
-so that nobody is ever put out again: the queue is first come, first served, and its head waits until it fits.
+A step: drop who was cancelled, prefill who waits and fits, then decode one token of every row. Prompts of like length
+are read together. A request's whole length is reserved when it is taken in, so that nobody is ever put out again: the
+queue is first come, first served, and its head waits until it fits.
 """
 
 import copy
@@ -19,7 +19,7 @@ from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import Encoded, HovleProcessor
 from hovle_serve.answer import Answer, Piece
 from hovle_serve.batch import DecodeBatch, Prefilled, block_length, check_batchable
-from hovle_serve.prefix import PrefixCache
+from hovle_serve.prefix import PrefixCache, Read
 from hovle_serve.sampling import Sampling, end_ids, suppression
 from hovle_serve.stream import max_answer_tokens
 
@@ -241,28 +241,40 @@ class Engine:
 
     def _admit(self) -> None:
         """Prefill from the head of the queue, and let who is not finished by that join the batch."""
-        rows: list[Prefilled] = []
-        spent, prefilled = 0, None
-        while spent < PREFILL_TOKENS and (active := self._next_that_fits()) is not None:
-            prompt = active.request.prompt
-            try:
-                if prefilled is not prompt:  # several answers to one prompt read it once
-                    spent += len(prompt.input_ids)
-                    row, logits = self._prefixes.prefill(prompt)
-                    prefilled = prompt
-                is_finished = self._take([active], logits)[0]
-            except Exception as error:  # whatever it is, it is this request's alone
-                logger.exception("a prompt of %d tokens failed", len(prompt.input_ids))
-                _deliver(active.request, error)
-                continue
-            if not is_finished:
-                rows.append(row)
-                self._active.append(active)
-        if rows:
-            self._batch.join(rows)
+        asked: list[list[_Active]] = []  # several answers to one prompt read it once
+        taken: list[_Active] = []
+        spent = 0
+        while spent < PREFILL_TOKENS and (active := self._next_that_fits(taken)) is not None:
+            taken.append(active)
+            if asked and asked[-1][0].request.prompt is active.request.prompt:
+                asked[-1].append(active)
+            else:
+                asked.append([active])
+                spent += len(active.request.prompt.input_ids)
+        rows: list[list[Prefilled]] = [[] for _ in asked]  # the batch is in the order of the queue
+        try:
+            for place, read in self._prefixes.read([same[0].request.prompt for same in asked]):
+                asked[place] = [active for active in asked[place] if self._begin(active, read)]
+                if not isinstance(read, Exception):
+                    rows[place] = [read[0]] * len(asked[place])
+        finally:  # who was not read hears of it with the others
+            self._active += [active for same in asked for active in same]
+        if joining := [row for same in rows for row in same]:
+            self._batch.join(joining)
 
-    def _next_that_fits(self) -> _Active | None:
-        """Take the queue's head out, unless batch or cache have no room for it yet."""
+    def _begin(self, active: _Active, read: Read | Exception) -> bool:
+        """Deliver the first token behind a prompt, or what went wrong with it; whether there is more to say."""
+        try:
+            if isinstance(read, Exception):
+                raise read
+            return not self._take([active], read[1])[0]
+        except Exception as error:  # whatever it is, it is this request's alone
+            logger.exception("a prompt of %d tokens failed", len(active.request.prompt.input_ids))
+            _deliver(active.request, error)
+            return False
+
+    def _next_that_fits(self, taken: Sequence[_Active]) -> _Active | None:
+        """Take the queue's head out, unless batch or cache have no room for it yet beside those taken before."""
         with self._changed:
             while self._waiting and self._waiting[0].is_cancelled:
                 self._waiting.popleft()
@@ -270,8 +282,8 @@ class Engine:
                 return None
             request = self._waiting[0]
             reserved = block_length(self.model, request.prompt) + request.sampling.max_new_tokens
-            longest = max([reserved, *(active.reserved for active in self._active)])
-            rows = len(self._active) + 1
+            longest = max([reserved, *(active.reserved for active in (*self._active, *taken))])
+            rows = len(self._active) + len(taken) + 1
             if rows > self.max_batch or rows * longest > self.max_cache_tokens:
                 return None
             self._waiting.popleft()
