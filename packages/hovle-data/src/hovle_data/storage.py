@@ -10,7 +10,10 @@ import shutil
 import time
 from pathlib import Path, PurePosixPath
 from secrets import token_hex
+from stat import S_ISREG
 from typing import Any, BinaryIO, NamedTuple, cast
+
+from hovle_core.images import MAX_FILE_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -147,18 +150,22 @@ class Folder:
         return sorted(found)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes start..stop-1 of a file; fewer where it ends before."""
+        """Bytes start..stop-1 of a file; fewer where it ends before. A whole file only if it is no larger than pictures
+        are."""
         with self.open(name) as file:
+            if stop is None and os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise OSError(f"file too large: more than {MAX_FILE_BYTES >> 20} MiB")
             file.seek(start)
             return file.read(-1 if stop is None else stop - start)
 
     def open(self, name: str) -> BinaryIO:
-        return (Path(self.path) / name).open("rb")
+        return self.local(name).open("rb")
 
     def local(self, name: str) -> Path:
         """A path on this machine that holds the file."""
         path = Path(self.path) / name
-        path.stat()
+        if not S_ISREG(path.stat().st_mode):  # a pipe would keep its reader waiting, a device never ends
+            raise OSError(f"{path} is no file, but a folder, a pipe or a device")
         return path
 
 
