@@ -291,6 +291,43 @@ def test_broken_records_are_named_the_same_way_every_time(tmp_path, members, rea
     assert said[0] == said[1]
 
 
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_a_member_without_bytes_of_its_own_costs_its_sample_by_name(tmp_path, png, kind):
+    """Left out, the pair would be a text; followed, a link would read this machine's files."""
+    path = tmp_path / "d" / "s.tar"
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as tar:
+        for name, content in (("a.txt", b"before"), ("a.png", png()), ("b.txt", b"a pair"), ("z.txt", b"after")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+            if name == "b.txt":
+                special = tarfile.TarInfo("b.png")
+                special.type, special.linkname = kind, "/etc/passwd" if kind == tarfile.SYMTYPE else "a.png"
+                tar.addfile(special)
+                folder = tarfile.TarInfo("c.d")
+                folder.type = tarfile.DIRTYPE
+                tar.addfile(folder)
+    source = ShardSource(tmp_path / "d")
+    good, bad = readable(source)
+    assert good == ["a", "z"]
+    assert [(b.key, b.reason) for b in bad] == [("b", "no plain file in the tar: b.png")]
+
+
+def test_names_that_lead_out_of_a_folder_stay_names(tmp_path, png):
+    write_tar(tmp_path / "d" / "s.tar", [("../../out.png", png()), ("/abs.txt", b"text"), ("a/../b.txt", b"c")])
+    source = ShardSource(tmp_path / "d")
+    assert readable(source) == (["../../out", "/abs", "a/../b"], [])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["d", "s.tar"]
+
+
+def test_a_member_larger_than_any_picture_is_not_read(tmp_path, png, monkeypatch):
+    write_tar(tmp_path / "d" / "s.tar", [("a.png", png()), ("b.png", bytes(2000))])
+    monkeypatch.setattr("hovle_data.shards.MAX_FILE_BYTES", 1000)
+    good, bad = readable(ShardSource(tmp_path / "d"))
+    assert (good, [b.reason for b in bad]) == (["a"], ["file too large: b.png"])
+
+
 def readable(source: ShardSource) -> tuple[list[str], list[BadSample]]:
     good, bad = [], []
     for i in range(len(source)):

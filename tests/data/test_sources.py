@@ -185,6 +185,8 @@ def test_internvl_meta(tmp_path, pictures):
     for bad, message in (
         ({"x": {"root": "."}}, "set 'x' has no 'annotation'"),
         ({"x": {"annotation": "ann/one.jsonl", "repeat_time": 1.5}}, "repeat_time=1.5"),
+        ({"x": {"annotation": "ann/one.jsonl", "repeat_time": float("nan")}}, "repeat_time=nan"),
+        ({"x": {"annotation": "ann/one.jsonl", "repeat_time": float("inf")}}, "repeat_time=inf"),
         ({"x": {"annotation": "ann/one.jsonl", "repeat_time": 0.2}}, "repeat_time=0.2 .* none of its 4 rows"),
         ({"x": {"annotation": "ann/none.jsonl"}}, "set 'x': .*none.jsonl holds no rows"),
         ([], "not a meta file"),

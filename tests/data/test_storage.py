@@ -174,6 +174,21 @@ def test_links_are_followed_and_no_folder_is_walked_twice(tmp_path):
     assert Folder(tmp_path / "here").walk((".png",)) == ["a.png", "link/deep/b.png"]
 
 
+def test_what_is_no_file_and_what_is_too_large_is_not_read(tmp_path, monkeypatch):
+    """A pipe would keep its reader waiting; a device has no end."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "large.png").write_bytes(bytes(2000))
+    monkeypatch.setattr("hovle_data.storage.MAX_FILE_BYTES", 1000)
+    folder = Folder(tmp_path)
+    for name in ("pipe.png", "zero.png", "/dev/zero", "."):
+        with pytest.raises(OSError, match="is no file"):
+            folder.read(name)
+    with pytest.raises(OSError, match="file too large"):
+        folder.read("large.png")
+    assert folder.read("large.png", 0, 2000) == bytes(2000)
+
+
 def test_a_failed_download_leaves_nothing(tmp_path, memory):
     memory.pipe_file("/b/a", b"x")
     files = FileCache(tmp_path / "c", max_bytes=GIB)

@@ -190,17 +190,20 @@ def scan_tar(file: BinaryIO, size: int) -> tuple[tuple[Record, ...], str | None]
     """Read a tar's headers -> its records, and what is wrong with the tar (None: it is whole).
 
     Like webdataset, consecutive members with one key are one sample. The record that the damage cuts has its
-    `problem` set; what lies behind it cannot be found.
+    `problem` set; what lies behind it cannot be found. So has a record with a member that holds no bytes of its own
+    (a link, also one that tar made of a file that was there twice): without it, it is another sample.
     """
     records: list[Record] = []
     key, members = "", list[Member]()
-    problem = None
+    problem = link = None
 
     def finish() -> None:
-        if members:
-            record = Record(key, tuple(members))
+        nonlocal link
+        if members or link:
+            record = Record(key, tuple(members), link)
             records.append(record if record.end() <= size else Record(key, record.members, "truncated shard"))
             members.clear()
+        link = None
 
     try:
         # ":" = uncompressed only: a compressed tar has no offsets
@@ -208,12 +211,15 @@ def scan_tar(file: BinaryIO, size: int) -> tuple[tuple[Record, ...], str | None]
             try:
                 for info in _forward(tar):
                     names = split_name(info.name)
-                    if not info.isreg() or info.issparse() or names is None:
+                    if names is None or info.isdir():
                         continue
                     if names[0] != key:
                         finish()
                         key = names[0]
-                    members.append(Member(names[1], info.offset_data, info.size))
+                    if info.isreg() and not info.issparse():
+                        members.append(Member(names[1], info.offset_data, info.size))
+                    else:
+                        link = f"no plain file in the tar: {info.name}"
             except _TAR_ERRORS as error:
                 problem = str(error) or type(error).__name__
             offset = min(max(0, tar.offset), size)  # damaged sizes lead anywhere

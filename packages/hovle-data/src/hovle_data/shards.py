@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hovle_core.images import MAX_FILE_BYTES
 from hovle_data.index import (
     BLOCK,
     INDEX_NAME,
@@ -251,6 +252,9 @@ class ShardSource:
 
     def _read(self, shard: ShardInfo, record: Record, where: str) -> dict[str, bytes]:
         """The members of one record: one read from the first member's header to the last one's end."""
+        for member in record.members:
+            if member.size > MAX_FILE_BYTES:
+                raise BadSample(record.key, where, f"file too large: {record.key}.{member.field}")
         start = min(member.offset for member in record.members) - BLOCK
         try:
             data = self.folder.read(shard.name, start, record.end())

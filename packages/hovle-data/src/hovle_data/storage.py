@@ -11,7 +11,10 @@ import shutil
 import time
 from pathlib import Path, PurePosixPath
 from secrets import token_hex
+from stat import S_ISREG
 from typing import Any, BinaryIO, NamedTuple, cast
+
+from hovle_core.images import MAX_FILE_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -148,19 +151,33 @@ class Folder:
         return sorted(found)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes start..stop-1 of a file; fewer where it ends before."""
-        with io.FileIO(os.path.join(self.path, name)) as file:  # one read of all: a buffer would only cost
-            file.seek(start)
-            return file.readall() if stop is None else file.read(stop - start)
+        """Bytes start..stop-1 of a file; fewer where it ends before. A whole file only if it is no larger than pictures
+        are."""
+        path = os.path.join(self.path, name)
+        _check_is_file(path)
+        with io.FileIO(path) as file:  # one read of all: a buffer would only cost
+            return _read(file, start, stop)
 
     def open(self, name: str) -> BinaryIO:
-        return (Path(self.path) / name).open("rb")
+        return self.local(name).open("rb")
 
     def local(self, name: str) -> Path:
         """A path on this machine that holds the file."""
         path = Path(self.path) / name
-        path.stat()
+        _check_is_file(path)
         return path
+
+
+def _check_is_file(path: str | Path) -> None:
+    if not S_ISREG(os.stat(path).st_mode):  # a pipe would keep its reader waiting, a device never ends
+        raise OSError(f"{path} is no file, but a folder, a pipe or a device")
+
+
+def _read(file: BinaryIO | io.FileIO, start: int, stop: int | None) -> bytes:
+    if stop is None and os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+        raise OSError(f"file too large: more than {MAX_FILE_BYTES >> 20} MiB")
+    file.seek(start)
+    return file.read(-1 if stop is None else stop - start)
 
 
 class RemoteFolder(Folder):
@@ -202,8 +219,7 @@ class RemoteFolder(Folder):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         if self.keeps:
             with self.open(name) as file:
-                file.seek(start)
-                return file.read(-1 if stop is None else stop - start)
+                return _read(file, start, stop)
         path = f"{self.root}/{name}"
         try:
             return cast(bytes, self._patiently(self.fs.cat_file, path, start=start, end=stop))

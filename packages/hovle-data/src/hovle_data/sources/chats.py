@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,7 @@ class AnnotationSource:
         self.rows: Spans = scan(LocalFile(path, storage_options))
         folder = str(path).rpartition("/")[0] or "."
         self.root: Folder = open_folder(folder if root is None else root, storage_options=storage_options)
-        if repeat_time <= 0 or (repeat_time > 1 and repeat_time != int(repeat_time)):
+        if not 0 < repeat_time < math.inf or (repeat_time > 1 and repeat_time != int(repeat_time)):
             raise ValueError(f"repeat_time={repeat_time} of {path}: give a whole number, or a share below 1")
         self.num_unique = len(self.rows) if repeat_time >= 1 else int(len(self.rows) * repeat_time)
         if len(self.rows) and not self.num_unique:
