@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hovle_core import HovleForConditionalGeneration, HovleProcessor
 from hovle_core.cli import main
 from hovle_core.official_processor import load_tokenizer
 from hovle_core.testing import tiny_tokenizer
+from hovle_core.testing.conformance import TokenizerTests
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEXTS = [
@@ -65,6 +67,39 @@ def internlm2(tmp_path_factory) -> Path:
     (folder / "config.json").write_text((GOLDEN / "hovle-tiny" / "config.json").read_text())
     (folder / "model.safetensors").symlink_to(GOLDEN / "hovle-tiny" / "model.safetensors")
     return folder
+
+
+class TestSentencePieceOfAnInternLM2(TokenizerTests):
+    """`model.tokenizer` of a bare LLM's folder that holds `tokenizer.model` and no other vocabulary."""
+
+    name = "transformers"
+    model_type = "internlm2"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def arguments(cls, internlm2, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("sentencepiece")
+        for name in ("tokenizer.model", "tokenizer_config.json"):
+            shutil.copy(internlm2 / name, folder)
+        (folder / "config.json").write_text(json.dumps({"model_type": cls.model_type}))
+        return {"path": str(folder)}
+
+
+class TestSentencePieceOfALlama(TestSentencePieceOfAnInternLM2):
+    """The same file as transformers' own class reads it."""
+
+    model_type = "llama"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def arguments(cls, internlm2, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("llama")
+        shutil.copy(internlm2 / "tokenizer.model", folder)
+        config = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False, "legacy": False}
+        special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | special))
+        (folder / "config.json").write_text(json.dumps({"model_type": cls.model_type}))
+        return {"path": str(folder)}
 
 
 def test_internlm2_tokenizes_as_sentencepiece_does(internlm2):
