@@ -86,6 +86,8 @@ class StateLayer(DynamicLayer):
     """
 
     is_croppable = False
+    keys: Tensor | None
+    values: Tensor | None
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
