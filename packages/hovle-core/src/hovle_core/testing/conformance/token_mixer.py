@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from hovle_core.config import HolisticEmbeddingConfig
+from hovle_core.layers import TransformerBlock
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.registry import Registry
 from hovle_core.roles import TokenMixer
@@ -78,7 +79,7 @@ class TokenMixerTests(SpecTests):
 
     def test_all_of_it_goes_through_o_proj(self, model: HovleForConditionalGeneration) -> None:
         """A new HoVLE starts o_proj at zero, so that the LLM reads its own embeddings, and distillation rescales it."""
-        mixer, x = model.embedding.layers[0].self_attn, some_tokens(model)
+        mixer, x = first_mixer(model), some_tokens(model)
         weight = mixer.o_proj.weight.detach().clone()
         before = mixed(model, x)
         with torch.no_grad():
@@ -142,7 +143,7 @@ class TokenMixerTests(SpecTests):
         model.zero_grad()
         out = blocks(model, some_tokens(model), grad=True)
         (out * torch.linspace(-1, 1, out.shape[-1])).sum().backward()
-        mixer = model.embedding.layers[0].self_attn
+        mixer = first_mixer(model)
         without = [
             n for n, p in mixer.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
         ]
@@ -188,6 +189,11 @@ class TokenMixerTests(SpecTests):
         assert out.shape == x.shape, f"{list(x.shape)} became {list(out.shape)}"
 
 
+def first_mixer(model: HovleForConditionalGeneration) -> TokenMixer:
+    """That of the first block."""
+    return cast(TransformerBlock, model.embedding.layers[0]).self_attn
+
+
 def some_tokens(model: HovleForConditionalGeneration, rows: int = 1) -> Tensor:
     """`[rows, T, D]`."""
     size = (rows, LENGTH, model.config.embedding_config.hidden_size)
@@ -216,7 +222,7 @@ def blocks(
 def mixed(model: HovleForConditionalGeneration, x: Tensor) -> Tensor:
     """What the first block's token mixer gives, called as the blocks call it."""
     found: list[Tensor] = []
-    mixer = model.embedding.layers[0].self_attn
+    mixer = first_mixer(model)
     handle = mixer.register_forward_hook(lambda _module, _args, out: found.append(out))
     try:
         blocks(model, x)
