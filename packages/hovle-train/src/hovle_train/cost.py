@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from hovle_core.config import ATTENTION
 from hovle_core.losses import CHUNK_LOGITS, LARGEST_LOGITS, cosine_loss
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_train.build import find_hovle
@@ -180,7 +181,9 @@ def _stack(stack: Any, x: Tensor, sample: float, checkpointing: bool) -> Cost:
     config = stack.config
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    scores = 4.0 * width * x.shape[1] * sample * CAUSAL_SHARE
+    # Another token mixer's products are counted with the layer's.
+    attends = getattr(config, "token_mixer", ATTENTION) == ATTENTION
+    scores = 4.0 * width * x.shape[1] * sample * CAUSAL_SHARE * attends
     total = Cost()
     for layer, reached, number in _kinds(stack.layers, x.requires_grad):
         inputs = x.detach().requires_grad_(reached)
