@@ -297,7 +297,12 @@ def test_a_member_without_bytes_of_its_own_costs_its_sample_by_name(tmp_path, pn
     path = tmp_path / "d" / "s.tar"
     path.parent.mkdir()
     with tarfile.open(path, "w") as tar:
-        for name, content in (("a.txt", b"before"), ("a.png", png()), ("b.txt", b"a pair"), ("z.txt", b"after")):
+        for name, content in (
+            ("a.txt", b"before"),
+            ("a.png", png()),
+            ("b.txt", b"a pair"),
+            ("z.txt", b"after"),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -315,7 +320,9 @@ def test_a_member_without_bytes_of_its_own_costs_its_sample_by_name(tmp_path, pn
 
 
 def test_names_that_lead_out_of_a_folder_stay_names(tmp_path, png):
-    write_tar(tmp_path / "d" / "s.tar", [("../../out.png", png()), ("/abs.txt", b"text"), ("a/../b.txt", b"c")])
+    write_tar(
+        tmp_path / "d" / "s.tar", [("../../out.png", png()), ("/abs.txt", b"text"), ("a/../b.txt", b"c")]
+    )
     source = ShardSource(tmp_path / "d")
     assert readable(source) == (["../../out", "/abs", "a/../b"], [])
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["d", "s.tar"]
