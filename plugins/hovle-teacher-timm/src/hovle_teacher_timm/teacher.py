@@ -5,6 +5,7 @@ Shapes: N tiles, S tile side in pixels, h x w the teacher's grid, C its channels
 
 import difflib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,7 +109,7 @@ class TimmTeacher(TeacherEncoder):
         x = resized_tiles(tiles, self.size, self._patch)
         x = ((x / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         low = self.precision == "bfloat16" or (self.precision == "auto" and has_fast_bfloat16(x.device))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
+        with torch.autocast(x.device.type, torch.bfloat16) if low else nullcontext():
             maps = self.model.forward_intermediates(  # type: ignore[operator]
                 x,
                 indices=self.feature_layers,
