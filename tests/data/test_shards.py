@@ -1,5 +1,6 @@
 """Shards: round trip, plain webdataset reads them, and damage is named while the rest stays readable."""
 
+import gzip
 import io
 import json
 import multiprocessing
@@ -297,7 +298,12 @@ def test_a_member_without_bytes_of_its_own_costs_its_sample_by_name(tmp_path, pn
     path = tmp_path / "d" / "s.tar"
     path.parent.mkdir()
     with tarfile.open(path, "w") as tar:
-        for name, content in (("a.txt", b"before"), ("a.png", png()), ("b.txt", b"a pair"), ("z.txt", b"after")):
+        for name, content in (
+            ("a.txt", b"before"),
+            ("a.png", png()),
+            ("b.txt", b"a pair"),
+            ("z.txt", b"after"),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -314,8 +320,19 @@ def test_a_member_without_bytes_of_its_own_costs_its_sample_by_name(tmp_path, pn
     assert [(b.key, b.reason) for b in bad] == [("b", "no plain file in the tar: b.png")]
 
 
+def test_a_compressed_tar_says_what_to_do(tmp_path, png):
+    write_tar(tmp_path / "d" / "s.tar", [("a.png", png())])
+    packed = gzip.compress((tmp_path / "d" / "s.tar").read_bytes())
+    (tmp_path / "d" / "s.tar").write_bytes(packed)
+    assert ShardSource(tmp_path / "d").problems == [
+        "d/s.tar: unreadable shard: compressed, decompress it first"
+    ]
+
+
 def test_names_that_lead_out_of_a_folder_stay_names(tmp_path, png):
-    write_tar(tmp_path / "d" / "s.tar", [("../../out.png", png()), ("/abs.txt", b"text"), ("a/../b.txt", b"c")])
+    write_tar(
+        tmp_path / "d" / "s.tar", [("../../out.png", png()), ("/abs.txt", b"text"), ("a/../b.txt", b"c")]
+    )
     source = ShardSource(tmp_path / "d")
     assert readable(source) == (["../../out", "/abs", "a/../b"], [])
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["d", "s.tar"]
