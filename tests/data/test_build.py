@@ -1,11 +1,13 @@
 """Builds: what is written, the same whoever writes it, and killed ones that end as if nothing had happened."""
 
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -276,6 +278,39 @@ def test_the_command(data, tmp_path, capsys):
     assert main(["data", "build", str(tmp_path / "nowhere"), "x"]) == 2
     assert main(["data", "build", str(data), "x", "--option", "a=b"]) == 2
     assert "go into" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["tars", *(["pictures"] if sys.platform != "darwin" else [])])
+def test_names_that_are_no_utf8_are_built_and_shown(tmp_path, png, kind, monkeypatch):
+    """As disks of other decades have them, where the output takes UTF-8 alone."""
+    folder = tmp_path / kind
+    folder.mkdir()
+    if kind == "tars":
+        with tarfile.open(folder / "s.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
+            for name, content in (("café.png", png(1)), ("café.txt", b"a cup"), ("thé.png", b"cut")):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    else:
+        for name, content in ((b"caf\xe9.png", png(1)), (b"caf\xe9.txt", b"a cup"), (b"th\xe9.png", b"cut")):
+            Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(content)
+    out = tmp_path / "out"
+
+    def hovle(*arguments):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8", errors="strict"))
+        code = main(["data", *map(str, arguments)])
+        return code, written.getvalue().decode()
+
+    code, said = hovle("validate", folder, "--workers", 1)
+    assert (code, "not a known image format" in said) == (1, True), said
+    code, said = hovle("build", folder, out, "--workers", 1, "--max-bad-share", 1)
+    assert (code, "1 of 2 samples were left out" in said) == (0, True), said
+    code, said = hovle("inspect", out, "--html", tmp_path / "sheet.html")
+    assert code == 0, said
+    (built,) = ShardSource(out)
+    assert (built.kind, built.text) == ("pair", "a cup")
+    assert built.meta["id"].startswith("caf\\udce9")
 
 
 def test_the_command_refuses_what_would_do_something_else(tmp_path, capsys, monkeypatch):

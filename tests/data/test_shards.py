@@ -1,5 +1,6 @@
 """Shards: round trip, plain webdataset reads them, and damage is named while the rest stays readable."""
 
+import gzip
 import io
 import json
 import multiprocessing
@@ -317,6 +318,15 @@ def test_a_member_without_bytes_of_its_own_costs_its_sample_by_name(tmp_path, pn
     good, bad = readable(source)
     assert good == ["a", "z"]
     assert [(b.key, b.reason) for b in bad] == [("b", "no plain file in the tar: b.png")]
+
+
+def test_a_compressed_tar_says_what_to_do(tmp_path, png):
+    write_tar(tmp_path / "d" / "s.tar", [("a.png", png())])
+    packed = gzip.compress((tmp_path / "d" / "s.tar").read_bytes())
+    (tmp_path / "d" / "s.tar").write_bytes(packed)
+    assert ShardSource(tmp_path / "d").problems == [
+        "d/s.tar: unreadable shard: compressed, decompress it first"
+    ]
 
 
 def test_names_that_lead_out_of_a_folder_stay_names(tmp_path, png):

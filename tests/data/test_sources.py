@@ -209,6 +209,9 @@ def test_folder_of_pictures_with_and_without_text(pictures, png):
     ]  # fmt: skip
     assert source[0] == Sample("00000000", (png(0),), "a caption", None, {"id": "a.png"})
     assert source[1].kind == "image"
+    (pictures / "b.png").rename(pictures / "b.PNG")
+    (pictures / "b.TXT").write_text("from a camera")
+    assert ImageFolderSource(pictures)[1].text == "from a camera"
     assert source[4].messages == MESSAGES
     for i, where, reason in ((2, "d.txt", "not UTF-8"), (3, "e.json", "bad json")):
         with pytest.raises(BadSample) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import platform
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("HOVLE_DEBUG", "0") not in ("", "0") or "--debug" in arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold what no terminal spells
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Where torchao is installed transformers imports it, and torch then warns of two enums of torchao's.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:

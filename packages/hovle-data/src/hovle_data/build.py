@@ -25,7 +25,7 @@ from hovle_data.records import to_fields
 from hovle_data.schema import BadSample, Sample
 from hovle_data.shards import write_shard
 from hovle_data.spec import BuildSpec, prefix
-from hovle_data.storage import is_url
+from hovle_data.storage import is_url, printable
 from hovle_data.workers import progress, work
 
 WORK, LEDGER = ".work", "quarantine.jsonl"
@@ -141,7 +141,7 @@ def build_shard(job: Job, task: Task) -> dict[str, Any]:
 def place(source: Source, i: int) -> str:
     """Where sample i comes from, as a person would look for it."""
     where = getattr(source, "where", None)
-    return str(where(i)) if callable(where) else f"{prefix(source)}: sample {i}"
+    return printable(str(where(i))) if callable(where) else f"{prefix(source)}: sample {i}"
 
 
 def read_row(source: Source, i: int) -> Sample:
@@ -169,7 +169,7 @@ def _good_samples(
             if reason := next(checks.problems(sample, job.check_images and job.processor is None), None):
                 raise BadSample(sample.key, where, reason)
             meta = {
-                "id": sample.key,
+                "id": printable(sample.key),
                 "from": where.rpartition("/")[2],
                 **sample.meta,
             }  # built again: from the first

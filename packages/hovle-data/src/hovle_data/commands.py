@@ -66,7 +66,9 @@ def run_validate(args: argparse.Namespace) -> int:
     else:
         for problem in report.problems:
             print(problem)
-        print(f"{report.num_samples} samples, {report.num_bad} with problems")
+        others = sum(1 for problem in report.problems if not problem.key)
+        beside = f", {others} other problems" if others else ""
+        print(f"{report.num_samples} samples, {report.num_bad} with problems{beside}")
         for reason, count in report.reasons.most_common():
             print(f"  {count} {reason}")
     return 1 if report.problems else 0
@@ -81,7 +83,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     print(inspect.describe(source, statistics))
     if args.html is not None:
         page = sheet.contact_sheet(source, statistics, args.processor, args.pictures)
-        Path(args.html).write_text(page, encoding="utf-8")
+        Path(args.html).write_text(page, encoding="utf-8", errors="backslashreplace")
         print(f"  wrote {args.html}: open it in a browser")
     return 1 if statistics.bad or getattr(source, "problems", None) else 0
 

@@ -25,6 +25,8 @@ INDEX_VERSION = 2
 COUNTS = ("tokens", "tiles")  # what a build with a processor counts of each sample
 BLOCK = 512  # of a tar; a member's header is the block in front of its data
 
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
+
 # webdataset's rule: the key ends at the first dot after the last slash, the rest is the field ("0.png", "json").
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 
@@ -224,7 +226,10 @@ def scan_tar(file: BinaryIO, size: int) -> tuple[tuple[Record, ...], str | None]
                 problem = str(error) or type(error).__name__
             offset = min(max(0, tar.offset), size)  # damaged sizes lead anywhere
     except _TAR_ERRORS as error:
-        return (), f"unreadable shard: {str(error) or type(error).__name__}"
+        file.seek(0)
+        compressed = file.read(6).startswith(_COMPRESSED)
+        what = "compressed, decompress it first" if compressed else str(error) or type(error).__name__
+        return (), f"unreadable shard: {what}"
     finish()
     file.seek(offset)  # tarfile ends quietly at a header it cannot read; a whole tar ends with zeros
     end = file.read(BLOCK)

@@ -30,6 +30,11 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
+def printable(name: str) -> str:
+    """A file's name as text: what is no UTF-8 in it (old disks have Latin-1) is spelled out."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def cache_folder() -> Path:
     """Where copies of remote files lie: $HOVLE_CACHE, else ~/.cache/hovle. Deleting it is always safe."""
     return Path(os.environ.get("HOVLE_CACHE") or Path.home() / ".cache" / "hovle")

@@ -43,8 +43,8 @@ class Report:
 
     @property
     def num_bad(self) -> int:
-        """Samples with at least one problem."""
-        return len({(problem.source, problem.key) for problem in self.problems})
+        """Samples with at least one problem; those of a whole source or tar have no key."""
+        return len({(problem.source, problem.key) for problem in self.problems if problem.key})
 
     def as_json(self) -> dict[str, Any]:
         return {

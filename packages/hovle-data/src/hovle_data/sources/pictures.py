@@ -11,7 +11,7 @@ from hovle_data.records import IMAGE_SUFFIXES, UNREAD_SUFFIXES, suffix_of
 from hovle_data.schema import BadSample, Sample
 from hovle_data.sources.chats import read_image
 from hovle_data.sources.rows import parse_row
-from hovle_data.storage import open_folder
+from hovle_data.storage import open_folder, printable
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,10 @@ class ImageFolderSource:
         self.pictures = [f for f in files if suffix_of(f) in IMAGE_SUFFIXES]
         if not self.pictures:
             raise ValueError(f"path={path} holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        texts = {f for f in files if f.endswith((".txt", ".json"))} if sidecars else set()
+        # by their names as cameras and other systems may have written them: cat.JPG, cat.TXT
+        texts = {
+            f"{_stem(f)}.{suffix_of(f)}": f for f in files if sidecars and suffix_of(f) in ("txt", "json")
+        }
         self.texts = [_beside(picture, texts) for picture in self.pictures]
         self.problems = [
             f"{self.folder}/{f}: format is not read" for f in files if suffix_of(f) in UNREAD_SUFFIXES
@@ -52,7 +55,7 @@ class ImageFolderSource:
             stems = {_stem(picture) for picture in self.pictures}
             self.problems += [
                 f"{self.folder}/{text}: text without a picture"
-                for text in sorted(texts)
+                for text in sorted(texts.values())
                 if _stem(text) not in stems
             ]
         for problem in self.problems[:MAX_LOGGED]:
@@ -69,7 +72,7 @@ class ImageFolderSource:
     def __getitem__(self, i: int) -> Sample:
         key, where = f"{range(len(self))[i]:08d}", self.where(i)
         images = (read_image(self.folder, self.pictures[i], key, where),)
-        meta = {"id": str(PurePosixPath(self.pictures[i]))}
+        meta = {"id": printable(str(PurePosixPath(self.pictures[i])))}
         beside = self.texts[i]
         if beside is None:
             return Sample(key, images, meta=meta)
@@ -80,7 +83,7 @@ class ImageFolderSource:
             raise BadSample(key, where, f"not UTF-8: {error}") from error
         except OSError as error:
             raise BadSample(key, where, f"unreadable text: {error}") from error
-        if beside.endswith(".txt"):
+        if suffix_of(beside) == "txt":
             return Sample(key, images, text.strip(), meta=meta)
         try:
             content = json.loads(text)
@@ -92,9 +95,9 @@ class ImageFolderSource:
         return Sample(key, images, row.text, row.messages, meta)
 
 
-def _beside(picture: str, texts: set[str]) -> str | None:
+def _beside(picture: str, texts: dict[str, str]) -> str | None:
     stem = _stem(picture)
-    return next((name for name in (f"{stem}.txt", f"{stem}.json") if name in texts), None)
+    return texts.get(f"{stem}.txt") or texts.get(f"{stem}.json")
 
 
 def _stem(name: str) -> str:
