@@ -166,8 +166,8 @@ def test_list_shows_who_provides_what(site_packages, capsys) -> None:
     )
     assert main(["plugins", "list"]) == 0
     text = capsys.readouterr().out
-    assert "shop  (dist-shop 4.2)\n  teacher    a       small\n  teacher    bigger  big\n" in text
-    assert "hooks      hovle_on_log" in text
+    assert "shop  (dist-shop 4.2)\n  teacher      a       small\n  teacher      bigger  big\n" in text
+    assert "hooks        hovle_on_log" in text
 
     assert main(["plugins", "list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)

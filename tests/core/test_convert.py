@@ -377,7 +377,10 @@ def test_a_finished_run_is_a_source(own, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(("name", "value"), [("mask_type", "image_bidirectional"), ("image_mean", [0.5] * 3)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("mask_type", "image_bidirectional"), ("image_mean", [0.5] * 3), ("token_mixer", "fading")],
+)
 def test_what_the_released_code_cannot_do_is_refused(name, value):
     config = tiny_hovle(tiny_tokenizer()).config
     setattr(config.embedding_config, name, value)

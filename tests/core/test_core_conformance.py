@@ -5,8 +5,10 @@ import torch
 from tokenizers import Tokenizer, models, normalizers
 from torch import nn
 
-from hovle_core.testing import GridTeacher, tiny_llm, tiny_tokenizer
-from hovle_core.testing.conformance import BackboneTests, TeacherTests, TokenizerTests
+from hovle_core.fusion import number_samples
+from hovle_core.roles import TokenMixer
+from hovle_core.testing import GridTeacher, tiny_hovle, tiny_llm, tiny_tokenizer
+from hovle_core.testing.conformance import BackboneTests, TeacherTests, TokenizerTests, TokenMixerTests
 from hovle_core.testing.conformance.tokenizer import TokenizerChecks
 
 
@@ -36,6 +38,10 @@ class TestTransformersTokenizer(TokenizerTests):
     @classmethod
     def arguments(cls, llm_folder):
         return {"path": llm_folder}
+
+
+class TestSelfAttention(TokenMixerTests):
+    name = "attention"
 
 
 # --- the suite notices ------------------------------------------------------------------------------------------
@@ -182,3 +188,62 @@ def test_a_tokenizer_that_breaks_a_promise_is_told(spoil, test, message) -> None
     run(tiny_tokenizer())
     with pytest.raises(AssertionError, match=message):
         run(spoil(tiny_tokenizer()))
+
+
+class RunningSum(TokenMixer):
+    """Sums what came before in a sample; `breaks` says which promise it does not keep."""
+
+    is_recurrent = True
+    breaks = ""
+
+    def __init__(self, config):
+        super().__init__()
+        self.v_proj, self.o_proj = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(2))
+        nn.init.zeros_(self.o_proj.bias)
+
+    def forward(self, x, position_ids, past_key_values=None, **kwargs):
+        v = self.v_proj(x)
+        v = v.detach() if self.breaks == "gradient" else v
+        sample = number_samples(position_ids).expand(x.shape[:2])
+        if self.breaks == "packing":
+            sample = torch.zeros_like(sample)
+        seen = sample[:, :, None] == sample[:, None]
+        if self.breaks != "causal":
+            seen = seen.tril()
+        if self.breaks == "mixing":
+            seen = torch.eye(x.shape[1], dtype=torch.bool)[None]
+        out = seen.float() @ v
+        if past_key_values is not None and self.breaks != "cache":
+            layer = past_key_values.layers[0 if self.breaks == "layer" else self.layer_idx]
+            if layer.state is not None:
+                out = out + (sample == 0)[..., None] * layer.state[:, None]
+            layer.keep(out[:, -1], x.shape[1])
+        return self.o_proj(out) + (x if self.breaks == "o_proj" else 0)
+
+
+@pytest.mark.parametrize(
+    ("breaks", "test", "message"),
+    [
+        ("mixing", "test_mixes_tokens_and_keeps_their_shape", "changes none of those behind it"),
+        ("causal", "test_sees_only_what_came_before", "later tokens change earlier ones"),
+        ("o_proj", "test_all_of_it_goes_through_o_proj", "is not the output times two"),
+        ("packing", "test_packed_samples_do_not_see_each_other", "differs from the same one alone"),
+        ("packing", "test_padding_changes_nothing", "padding before a row changes it"),
+        ("cache", "test_cached_is_uncached", "logits differ from those without"),
+        ("layer", "test_cached_is_uncached", "logits differ from those without"),
+        ("gradient", "test_gradients_reach_all_of_it", "no gradient reaches .*v_proj"),
+    ],
+)
+def test_a_token_mixer_that_breaks_a_promise_is_told(breaks, test, message) -> None:
+    model = tiny_hovle(tiny_tokenizer())
+    run = getattr(TokenMixerTests(), test)
+    torch.manual_seed(0)
+    for i, block in enumerate(model.embedding.layers):
+        block.self_attn = RunningSum(model.config.embedding_config)
+        block.self_attn.layer_idx = i
+    model.embedding.recurrent_layers = [0, 1]
+    run(model=model)
+    for block in model.embedding.layers:
+        block.self_attn.breaks = breaks
+    with pytest.raises(AssertionError, match=message):
+        run(model=model)

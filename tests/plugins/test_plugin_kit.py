@@ -14,6 +14,7 @@ import pytest
 from hovle_core.cli import main
 from hovle_core.kit.check import parse_options
 from hovle_core.kit.new import KINDS
+from hovle_core.registry import spelt
 
 
 class Workshop:
@@ -23,7 +24,7 @@ class Workshop:
         self.folder, self.monkeypatch = folder, monkeypatch
 
     def new(self, name: str, kind: str) -> Path:
-        assert main(["plugin", "new", name, "--kind", kind, "--out", str(self.folder)]) == 0
+        assert main(["plugin", "new", name, "--kind", spelt(kind), "--out", str(self.folder)]) == 0
         package = self.folder / f"hovle-{name}"
         project = tomllib.loads((package / "pyproject.toml").read_text())["project"]
         info = package / "src" / f"hovle_{name.replace('-', '_')}-0.1.0.dist-info"
@@ -52,11 +53,12 @@ def workshop(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_written_is_listed_and_passes_its_tests(kind: str, workshop, capfd) -> None:
-    package = workshop.new(f"my-{kind}", kind)
+    called = spelt(kind)
+    package = workshop.new(f"my-{called}", kind)
     assert main(["plugins", "list"]) == 0
     out = capfd.readouterr().out
-    assert f"my-{kind}  (hovle-my-{kind} 0.1.0)\n" in out
-    assert re.search(rf"{kind} +my-{kind} +The {kind} my-{kind} for HoVLE\.", out)
+    assert f"my-{called}  (hovle-my-{called} 0.1.0)\n" in out
+    assert re.search(rf"{called} +my-{called} +The {called} my-{called} for HoVLE\.", out)
 
     tests = [
         "-q",

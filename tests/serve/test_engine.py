@@ -388,3 +388,7 @@ def test_what_the_engine_does_not_do_is_refused(model, processor):
     model.config.text_config.layer_types = ["sliding_attention"] * 2
     with pytest.raises(ValueError, match="DynamicSlidingWindowLayer"):
         Engine(model, processor)
+    model.config.text_config.layer_types = ["full_attention"] * 2
+    model.embedding.recurrent_layers = [0]  # as of a token mixer with a state
+    with pytest.raises(ValueError, match="keeps a state, and only keys and values are served in batches"):
+        Engine(model, processor)

@@ -1,9 +1,10 @@
 """Key-value caches: one that appends in place, so that a step of `generate` costs its own token and not a copy of all
-before it, and the room in static ones.
+before it; one of a recurrent token mixer's state; and the room in static ones.
 
 Shapes: B batch, K key-value heads, T cached tokens, C tokens there is room for, d head size.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,6 +77,64 @@ class GrowingLayer(DynamicLayer):
         if past:
             buffer[:, :, :past] = cached
         return buffer
+
+
+class StateLayer(DynamicLayer):
+    """What a recurrent token mixer keeps: one `state [B, ...]` of all `tokens` so far.
+
+    It lies where DynamicLayer has its keys, so that transformers reorders, repeats and selects its rows.
+    """
+
+    is_croppable = False
+    keys: Tensor | None
+    values: Tensor | None
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.tokens = 0
+
+    @property
+    def state(self) -> Tensor | None:
+        """None before the first token."""
+        return self.keys if self.is_initialized else None
+
+    def keep(self, state: Tensor, tokens: int) -> None:
+        """`state [B, ...]` holds `tokens` more tokens than the last one."""
+        self.dtype, self.device, self.is_initialized = state.dtype, state.device, True
+        self.keys, self.values = state, state.new_empty(state.shape[0], 0)
+        self.tokens += tokens
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized, self.tokens = False, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raises ValueError: a state cannot give tokens back."""
+        if tokens_to_remove:
+            raise ValueError(
+                "a recurrent token mixer's state cannot forget its last tokens (past_key_values.crop, assisted "
+                "decoding): generate without an assistant"
+            )
+
+
+def hold_states(cache: Cache, first: int, recurrent: Sequence[int]) -> None:
+    """Exchange empty layers for StateLayers: those of embedding blocks `recurrent`, whose layers start at `first`.
+
+    Raises ValueError for layers of a fixed size, and for those that hold keys and values already.
+    """
+    for i in (first + block for block in recurrent if first + block < len(cache.layers)):
+        layer = cache.layers[i]
+        if isinstance(layer, StateLayer):
+            continue
+        if not isinstance(layer, DynamicLayer) or layer.get_seq_length():
+            raise ValueError(
+                f"past_key_values has a {type(layer).__name__} for embedding block {i - first}, whose token mixer "
+                "keeps a state: use an empty DynamicCache(config=model.config), no static cache"
+            )
+        cache.layers[i] = StateLayer()
 
 
 def grow_in_place(cache: Cache) -> None:

@@ -11,6 +11,7 @@ PIXEL_SHUFFLE_LOCATIONS = ("pre", "post")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MASK_TYPES = ("causal", "image_bidirectional")
+ATTENTION = "attention"
 # InternLM2-chat-1.8B, which is a Llama (hovle_core.official).
 RELEASED_LLM = {
     "model_type": "llama", "vocab_size": 92553, "hidden_size": 2048, "intermediate_size": 8192,
@@ -27,7 +28,8 @@ class HolisticEmbeddingConfig(PreTrainedConfig):
     `"post"` after them (HoVLE-HD). `image_size` is the side of a tile in pixels. `image_mean` and `image_std`
     normalise tiles that arrive as uint8 (`HovleImageProcessor(do_normalize=False)`). `mask_type="causal"` is the
     paper's; with `"image_bidirectional"` all tokens of one image (of all its tiles) see each other in the blocks, while
-    text and the LLM stay causal.
+    text and the LLM stay causal. `token_mixer` names what mixes tokens in the blocks, `attention` or a plugin's, and
+    `token_mixer_options` its settings.
 
     Raises ValueError for an unknown choice, and when the sizes cannot fit together (heads, patches, shuffle).
     """
@@ -60,6 +62,8 @@ class HolisticEmbeddingConfig(PreTrainedConfig):
     image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
     image_std: list[float] | tuple[float, ...] = IMAGENET_STD
     mask_type: str = "causal"
+    token_mixer: str = ATTENTION
+    token_mixer_options: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         # As they come back from JSON.
@@ -74,6 +78,11 @@ class HolisticEmbeddingConfig(PreTrainedConfig):
             )
         if self.mask_type not in MASK_TYPES:
             raise ValueError(f"mask_type must be one of {MASK_TYPES}, got {self.mask_type!r}")
+        if self.mask_type != "causal" and self.token_mixer != ATTENTION:
+            raise ValueError(
+                f"mask_type {self.mask_type!r} is for token_mixer {ATTENTION!r}: token mixers such as "
+                f"{self.token_mixer!r} are causal; leave mask_type out"
+            )
         if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must divide by num_attention_heads {self.num_attention_heads}, "

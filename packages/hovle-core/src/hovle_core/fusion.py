@@ -27,6 +27,13 @@ def number_images(is_image: Tensor, position_ids: Tensor, past: int = 0) -> Tens
     return F.pad(torch.where(is_image, starts.long().cumsum(1) - 1, -1), (past, 0), value=-1)
 
 
+def number_samples(position_ids: Tensor) -> Tensor:
+    """`position_ids [B, T]` -> `[B, T]`: which sample of its row a token belongs to, from 0; positions that restart
+    begin another one."""
+    restarts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
+    return restarts.long().cumsum(1)
+
+
 def check_placeholders(num_placeholders: int, num_tiles: int, tokens_per_tile: int) -> None:
     """Raise ValueError with both counts unless the placeholders are exactly what the tiles need."""
     if num_placeholders != num_tiles * tokens_per_tile:
@@ -81,8 +88,7 @@ def expand_placeholders(
     source[mask] = torch.cat([tokens.repeat_interleave(row) for row in counts])
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     if position_ids is not None:
-        restarts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
-        sample = restarts.long().cumsum(1).expand(B, T).gather(1, source)
+        sample = number_samples(position_ids).expand(B, T).gather(1, source)
         first = torch.diff(sample, prepend=sample[:, :1] - 1) != 0
         start = torch.where(first, positions, 0).cummax(1).values
         positions = torch.where(mask, positions - start, 0)

@@ -29,6 +29,7 @@ from hovle_core.fusion import (
 )
 from hovle_core.layers import RMSNorm, TransformerBlock
 from hovle_core.patch_embed import PatchEmbed, PixelShuffleProjection
+from hovle_core.token_mixers import token_mixer_builder
 
 # Attention implementations that take any mask; flash attention knows only causal.
 MASKED_ATTENTION = ("eager", "sdpa", "flex_attention", PACKED_ATTENTION)
@@ -51,7 +52,10 @@ class HolisticEmbedding(PreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.patch_embed = PatchEmbed(config)
         self.pixel_shuffle_proj = PixelShuffleProjection(config)
-        self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.num_hidden_layers))
+        mixer = token_mixer_builder(config)
+        blocks = [TransformerBlock(config, mixer(i)) for i in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(blocks)
+        self.recurrent_layers = [i for i, block in enumerate(blocks) if block.self_attn.is_recurrent]
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.post_init()
 
@@ -115,6 +119,7 @@ class HolisticEmbedding(PreTrainedModel):
             position_ids=position_ids,
             block_sequence_ids=image_ids,
         )
+        padding_mask = None if attention_mask is None or attention_mask.ndim != 2 else attention_mask
         position_embeddings = self.rotary_emb(x, position_ids=position_ids)
         for layer in self.layers:
             x = layer(
@@ -123,6 +128,7 @@ class HolisticEmbedding(PreTrainedModel):
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
+                padding_mask=padding_mask,
                 **kwargs,
             )
         return x

@@ -54,6 +54,13 @@ def hovle_stages() -> list[Spec]:  # type: ignore[empty-body]
 
 
 @hookspec
+def hovle_token_mixers() -> list[Spec]:  # type: ignore[empty-body]
+    """What mixes tokens in the embedding's blocks in place of self attention. Target: a callable that is called with
+    ``config, layer_idx`` and returns a ``hovle_core.roles.TokenMixer``. ``embedding_config.token_mixer`` names it.
+    """
+
+
+@hookspec
 def hovle_recipes() -> list[Spec]:  # type: ignore[empty-body]
     """Recipes that ship with a package. Target: ``"package:relative/file.yaml"``, a file and not an attribute."""
 

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from hovle_core.config import HolisticEmbeddingConfig
+from hovle_core.roles import TokenMixer
 
 
 class RMSNorm(nn.Module):
@@ -31,7 +32,7 @@ class RMSNorm(nn.Module):
         return (self.weight * normed).to(x.dtype)
 
 
-class CausalSelfAttention(nn.Module):
+class CausalSelfAttention(TokenMixer):
     """Grouped-query causal attention through transformers' attention interface, `[B, T, D] -> [B, T, D]`."""
 
     def __init__(self, config: HolisticEmbeddingConfig, layer_idx: int):
@@ -54,6 +55,7 @@ class CausalSelfAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        padding_mask: Tensor | None = None,  # attention_mask holds it already
         **kwargs: Any,
     ) -> Tensor:
         B, T, _ = x.shape
@@ -86,12 +88,15 @@ class SwiGLU(nn.Module):
 
 
 class TransformerBlock(GradientCheckpointingLayer):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)), `[B, T, D] -> [B, T, D]`."""
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)), `[B, T, D] -> [B, T, D]`.
 
-    def __init__(self, config: HolisticEmbeddingConfig, layer_idx: int):
+    `token_mixer` is what stands in attention's place, and under its name.
+    """
+
+    def __init__(self, config: HolisticEmbeddingConfig, token_mixer: TokenMixer):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = CausalSelfAttention(config, layer_idx)
+        self.self_attn = token_mixer
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from hovle_core import attention
-from hovle_core.cache import grow_in_place, make_room
+from hovle_core.cache import grow_in_place, hold_states, make_room
 from hovle_core.config import HolisticEmbeddingConfig, HovleConfig
 from hovle_core.fusion import Expansion
 from hovle_core.generation import HovleGenerationMixin
@@ -212,6 +212,9 @@ class HovleForConditionalGeneration(PreTrainedModel, HovleGenerationMixin):
         blocks_cache = llm_cache = None
         if past_key_values is not None:
             grow_in_place(past_key_values)
+            hold_states(
+                past_key_values, self.config.text_config.num_hidden_layers, self.embedding.recurrent_layers
+            )
             blocks_cache, llm_cache = self._split_cache(past_key_values)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is not None:  # else embed refuses

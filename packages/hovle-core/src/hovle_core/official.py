@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from hovle_core.config import IMAGENET_MEAN, IMAGENET_STD, HolisticEmbeddingConfig, HovleConfig
+from hovle_core.config import ATTENTION, IMAGENET_MEAN, IMAGENET_STD, HolisticEmbeddingConfig, HovleConfig
 
 if TYPE_CHECKING:
     from hovle_core.image_processor import HovleImageProcessor
@@ -40,7 +40,13 @@ _EMBEDDING_SWITCHES = {
     "mlp_bias": False,
 }
 # What the released code does without being told.
-_UNSAID = {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD), "mask_type": "causal"}
+_UNSAID = {
+    "image_mean": list(IMAGENET_MEAN),
+    "image_std": list(IMAGENET_STD),
+    "mask_type": "causal",
+    "token_mixer": ATTENTION,
+    "token_mixer_options": None,
+}
 # What the released code wants to be told of a HoVLE that was not made from a released one.
 _NEW_EMBEDDING = {
     **_EMBEDDING_SWITCHES,

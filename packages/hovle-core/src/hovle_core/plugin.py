@@ -11,7 +11,7 @@ from typing import Any
 from hovle_core.hookspecs import HOVLE_HOOK_API as CURRENT_HOOK_API
 from hovle_core.hookspecs import hookimpl
 from hovle_core.plugins import HovlePlugins, PluginInfo
-from hovle_core.registry import KINDS, Spec
+from hovle_core.registry import KINDS, Spec, hook_of, spelt
 
 HOVLE_HOOK_API = 1
 
@@ -40,6 +40,17 @@ def hovle_tokenizers() -> list[Spec]:
             "hovle_core.backbones:TiktokenTokenizer",
             summary="a tiktoken vocabulary: path=FILE.tiktoken, pattern, special_tokens, eos_token",
         ),
+    ]
+
+
+@hookimpl
+def hovle_token_mixers() -> list[Spec]:
+    return [
+        Spec(
+            "attention",
+            "hovle_core.layers:CausalSelfAttention",
+            summary="grouped-query causal self attention, the released model's",
+        )
     ]
 
 
@@ -77,7 +88,8 @@ def _add_plugin(cli: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     new = actions.add_parser("new", help="write a package that installs, is listed and passes its tests")
     new.add_argument("name", metavar="NAME", help="of the plugin, such as my-teacher")
-    new.add_argument("--kind", required=True, choices=[kind for kind in KINDS if kind != "recipe"])
+    kinds = [spelt(kind) for kind in KINDS if kind != "recipe"]
+    new.add_argument("--kind", required=True, choices=kinds)
     new.add_argument("--out", default=".", metavar="FOLDER", help="where its folder is made (default: here)")
     new.set_defaults(run=_new, tolerates_broken_plugins=True)
 
@@ -179,8 +191,10 @@ def _text(plugin: dict[str, Any]) -> str:
         lines[0] += "  disabled by HOVLE_PLUGINS"
     for kind, specs in plugin["provides"].items():
         width = max(len(spec["name"]) for spec in specs)
-        lines += [f"  {kind:<9}  {spec['name']:<{width}}  {spec['summary']}".rstrip() for spec in specs]
-    other = [hook for hook in plugin["hooks"] if hook not in {f"hovle_{kind}s" for kind in KINDS}]
+        lines += [
+            f"  {spelt(kind):<11}  {spec['name']:<{width}}  {spec['summary']}".rstrip() for spec in specs
+        ]
+    other = [hook for hook in plugin["hooks"] if hook not in map(hook_of, KINDS)]
     if other:
-        lines.append(f"  hooks      {', '.join(other)}")
+        lines.append(f"  hooks        {', '.join(other)}")
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-KINDS = ("teacher", "backbone", "tokenizer", "dataset", "stage", "recipe")
+KINDS = ("teacher", "backbone", "tokenizer", "dataset", "stage", "token_mixer", "recipe")
 
 _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:\S+")
 
@@ -22,6 +22,11 @@ _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:\S+")
 def hook_of(kind: str) -> str:
     """The hook that lists the specs of ``kind``: ``"teacher"`` -> ``"hovle_teachers"``."""
     return f"hovle_{kind}s"
+
+
+def spelt(kind: str) -> str:
+    """A kind as people write it: ``"token_mixer"`` -> ``"token-mixer"``."""
+    return kind.replace("_", "-")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

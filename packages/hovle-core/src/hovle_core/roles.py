@@ -1,4 +1,5 @@
-"""The small contracts that plugins fill: what the platform needs of a teacher, an LLM backbone and a tokenizer."""
+"""The small contracts that plugins fill: what the platform needs of a teacher, a token mixer, an LLM
+backbone and a tokenizer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -54,6 +55,29 @@ class TeacherEncoder(nn.Module, ABC):
         """A teacher stays in eval: its features must not depend on what trains around it."""
         super().train(False)
         return self
+
+
+class TokenMixer(nn.Module):
+    """What mixes tokens in a block of the holistic embedding, self attention or another, `[B, T, D] -> [B, T, D]`.
+
+    It is made as `target(config, layer_idx, **embedding_config.token_mixer_options)`, and called as
+
+        forward(x, position_ids=, padding_mask=, past_key_values=, position_embeddings=, attention_mask=) -> Tensor
+
+    - It is causal, and samples of a packed row, whose `position_ids [B, T]` restart (`fusion.number_samples`), do not
+      see each other.
+    - `padding_mask [B, past + T]`, None where nothing is padded, is 0 at tokens that must change no other.
+    - With a cache it goes on behind the tokens that it was called with before: through
+      `past_key_values.update(keys, values, layer_idx)`, or, if `is_recurrent`, through
+      `past_key_values.layers[layer_idx]`, a `cache.StateLayer`.
+    - `position_embeddings` (cos and sin) and `attention_mask` (as `attn_implementation` has it) are what
+      self attention reads.
+    - `o_proj` gives the result: a new HoVLE starts it at zero, so that training begins with the LLM as it was.
+    - Parameters have at least one dimension, which FSDP shards; what is not in the state dict is lost on loading.
+    """
+
+    is_recurrent: bool = False
+    o_proj: nn.Linear
 
 
 class LLMBackbone(ABC):

@@ -40,6 +40,11 @@ def check_batchable(model: HovleForConditionalGeneration) -> None:
             f"text_config caches with {sorted(odd)}: only LLMs of full attention layers are served in batches; "
             "`hovle chat` runs this one"
         )
+    if model.embedding.recurrent_layers:
+        raise ValueError(
+            f"embedding_config.token_mixer {model.config.embedding_config.token_mixer!r} keeps a state, and only keys "
+            "and values are served in batches; `hovle chat` runs this one"
+        )
 
 
 def block_length(model: HovleForConditionalGeneration, prompt: Encoded) -> int:

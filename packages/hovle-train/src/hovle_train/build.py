@@ -112,6 +112,8 @@ def build_hovle(
         model = HovleForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
         processor = HovleProcessor.from_pretrained(path)
     else:
+        if "token_mixer" in config.embedding:  # a wrong name is told before anything is loaded
+            registry.get("token_mixer", config.embedding["token_mixer"])
         tokenizer = build_tokenizer(config, registry)
         llm = build_llm(config, registry, tokenizer)
         embedding = embedding_config(config, llm.config, llm.get_input_embeddings().weight.shape[0])

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from hovle_core.config import ATTENTION
 from hovle_core.losses import CHUNK_LOGITS, LARGEST_LOGITS, cosine_loss
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_train.build import find_hovle
@@ -188,7 +189,10 @@ def _stack(stack: Any, x: Tensor, sample: float, checkpointing: bool) -> Cost:
     config = stack.config
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    scores = 4.0 * width * x.shape[1] * sample * CAUSAL_SHARE
+    attends = (
+        getattr(config, "token_mixer", ATTENTION) == ATTENTION
+    )  # else its products are counted with the layer's
+    scores = 4.0 * width * x.shape[1] * sample * CAUSAL_SHARE * attends
     one += Cost(scores, 2 * scores if inputs.requires_grad else 0)
     if not (checkpointing and inputs.requires_grad):
         return once + one * len(layers)

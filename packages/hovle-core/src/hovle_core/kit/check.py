@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hovle_core.kit.new import KINDS, fields_of, render
 from hovle_core.plugins import HovlePlugins
-from hovle_core.registry import Spec, did_you_mean
+from hovle_core.registry import Spec, did_you_mean, spelt
 
 if TYPE_CHECKING:
     import pytest
@@ -49,7 +49,9 @@ def provided_specs(plugins: HovlePlugins, name: str, only: Sequence[str] = ()) -
         raise ValueError(info.error or f"plugin {name!r} is disabled by HOVLE_PLUGINS")
     found = [(kind, spec) for kind, spec in plugins.provided[name] if kind in KINDS]
     if not found:
-        raise ValueError(f"plugin {name!r} provides nothing that the suite tests ({', '.join(KINDS)})")
+        raise ValueError(
+            f"plugin {name!r} provides nothing that the suite tests ({', '.join(map(spelt, KINDS))})"
+        )
     names = [spec.name for _, spec in found]
     for wanted in only:
         if wanted not in names:
@@ -87,7 +89,7 @@ def run(specs: Sequence[tuple[str, Spec]], options: Mapping[str, Any]) -> int:
     failed = passed = 0
     with tempfile.TemporaryDirectory(prefix="hovle-plugin-test-") as folder:
         for number, (kind, spec) in enumerate(specs):
-            print(f"{kind} {spec.name}  ({spec.distribution})", flush=True)
+            print(f"{spelt(kind)} {spec.name}  ({spec.distribution})", flush=True)
             path = Path(folder) / f"test_spec_{number}.py"
             path.write_text(file_for(kind, spec, options))
             report = Report()

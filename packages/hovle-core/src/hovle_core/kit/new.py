@@ -5,15 +5,18 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from hovle_core.registry import spelt
+
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
-#: Kind -> what a package of that kind needs beside hovle-core.
+#: Kind, as the registry has it -> what a package of that kind needs beside hovle-core.
 DEPENDENCIES: dict[str, tuple[str, ...]] = {
     "teacher": ("torch",),
     "backbone": ("torch", "transformers"),
     "tokenizer": ("transformers",),
     "dataset": ("hovle-data",),
     "stage": ("hovle-data", "hovle-train", "torch"),
+    "token_mixer": ("torch", "transformers"),
 }
 KINDS = tuple(DEPENDENCIES)
 
@@ -21,12 +24,13 @@ KINDS = tuple(DEPENDENCIES)
 def write_package(name: str, kind: str, parent: Path) -> list[Path]:
     """Write the package of plugin `name` into `parent/hovle-<name>`; returns its files, the first to edit first.
 
+    `kind` as people or as the registry write it (token-mixer, token_mixer).
     Raises ValueError for a name that is none, and for a folder that is there already.
     """
-    name = name.removeprefix("hovle-")
+    name, kind = name.removeprefix("hovle-"), kind.replace("-", "_")
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"NAME {name!r} must be lower-case words of letters and digits joined by '-', such as my-{kind}"
+            f"NAME {name!r} must be lower-case words of letters and digits joined by '-', such as my-{spelt(kind)}"
         )
     folder = parent / f"hovle-{name}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -54,9 +58,10 @@ def fields_of(name: str, kind: str) -> dict[str, str]:
     return {
         "name": name,
         "kind": kind,
+        "called": spelt(kind),
         "module": "hovle_" + name.replace("-", "_"),
         "class_name": "".join(map(str.capitalize, words)),
-        "summary": f"The {kind} {name} for HoVLE.",
+        "summary": f"The {spelt(kind)} {name} for HoVLE.",
         "dependencies": dependencies,
         "options": "",
     }

@@ -14,6 +14,15 @@ from hovle_core.testing.conformance.base import SpecTests
 from hovle_core.testing.conformance.dataset import DatasetTests
 from hovle_core.testing.conformance.stage import StageTests
 from hovle_core.testing.conformance.teacher import TeacherTests
+from hovle_core.testing.conformance.token_mixer import TokenMixerTests
 from hovle_core.testing.conformance.tokenizer import TokenizerTests
 
-__all__ = ["BackboneTests", "DatasetTests", "SpecTests", "StageTests", "TeacherTests", "TokenizerTests"]
+__all__ = [
+    "BackboneTests",
+    "DatasetTests",
+    "SpecTests",
+    "StageTests",
+    "TeacherTests",
+    "TokenMixerTests",
+    "TokenizerTests",
+]
