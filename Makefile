@@ -21,6 +21,7 @@ MEMBERS := \
 	plugins/hovle-teacher-timm[lite0] \
 	plugins/hovle-teacher-transformers \
 	plugins/hovle-lora \
+	plugins/hovle-quantization \
 	plugins/hovle-tensorboard \
 	plugins/hovle-wandb \
 	plugins/hovle-demo

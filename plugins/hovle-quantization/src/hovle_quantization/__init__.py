@@ -1,0 +1,1 @@
+"""Frozen parts of a HoVLE in int8 while the rest trains."""
