@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hovle_core import HovleForConditionalGeneration, HovleProcessor
 from hovle_core.cli import main
 from hovle_core.official_processor import load_tokenizer
 from hovle_core.testing import tiny_tokenizer
+from hovle_core.testing.conformance import TokenizerTests
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEXTS = [
@@ -24,6 +26,15 @@ TEXTS = [
 UNUSED = 4
 
 
+def train(corpus: Path, folder: Path, **options) -> None:
+    """`tokenizer.model` in `folder`: a BPE that leaves text as it is."""
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(folder / "tokenizer"), model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+        character_coverage=1.0, minloglevel=2, **options,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def internlm2(tmp_path_factory) -> Path:
     """A released folder as an InternLM2's is: pieces without a use at the end of `tokenizer.model`, which later tokens
@@ -31,12 +42,8 @@ def internlm2(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("internlm2")
     corpus = folder / "corpus.txt"
     corpus.write_text("the red square is here\nthe blue ring is there\n" * 20)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=309,
-        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
-        remove_extra_whitespaces=False, character_coverage=1.0, minloglevel=2,
-        user_defined_symbols=[f"[UNUSED_TOKEN_{i}]" for i in range(UNUSED)],
-    )  # fmt: skip
+    unused = [f"[UNUSED_TOKEN_{i}]" for i in range(UNUSED)]
+    train(corpus, folder, vocab_size=309, user_defined_symbols=unused)
     pieces = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
     renamed = [pieces.piece_to_id(f"[UNUSED_TOKEN_{i}]") for i in (2, 3)]
     added = {0: "<unk>", 1: "<s>", 2: "</s>", renamed[0]: "<|im_end|>", renamed[1]: "<|im_start|>"}
@@ -65,6 +72,39 @@ def internlm2(tmp_path_factory) -> Path:
     (folder / "config.json").write_text((GOLDEN / "hovle-tiny" / "config.json").read_text())
     (folder / "model.safetensors").symlink_to(GOLDEN / "hovle-tiny" / "model.safetensors")
     return folder
+
+
+class TestSentencePieceOfAnInternLM2(TokenizerTests):
+    """`model.tokenizer` of a bare LLM's folder that holds `tokenizer.model` and no other vocabulary."""
+
+    name = "transformers"
+    model_type = "internlm2"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def arguments(cls, internlm2, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("sentencepiece")
+        for name in ("tokenizer.model", "tokenizer_config.json"):
+            shutil.copy(internlm2 / name, folder)
+        (folder / "config.json").write_text(json.dumps({"model_type": cls.model_type}))
+        return {"path": str(folder)}
+
+
+class TestSentencePieceOfALlama(TestSentencePieceOfAnInternLM2):
+    """A file as transformers' own class reads it, for any other LLM."""
+
+    model_type = "llama"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def arguments(cls, internlm2, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("llama")
+        train(internlm2 / "corpus.txt", folder, vocab_size=305)
+        config = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False, "legacy": False}
+        special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | special))
+        (folder / "config.json").write_text(json.dumps({"model_type": cls.model_type}))
+        return {"path": str(folder)}
 
 
 def test_internlm2_tokenizes_as_sentencepiece_does(internlm2):

@@ -3,6 +3,9 @@
 import io
 import json
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -29,6 +32,10 @@ def folder(tmp_path_factory):
     write_shards(samples, folder / "shards", samples_per_shard=3)
     (folder / "llava.json").write_text(json.dumps(rows))
     (folder / "prose.txt").write_text("one\n\ntwo\nstill two\n\nthree\n")
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    columns = {"image": [sample.images[0] for sample in samples], "text": [sample.text for sample in samples]}
+    pq.write_table(pa.table(columns), folder / "table.parquet", row_group_size=3)
+    datasets.Dataset.from_dict(columns).save_to_disk(folder / "saved")
     return folder
 
 
@@ -57,6 +64,15 @@ class TestText(suite("text", "prose.txt")): ...
 
 
 class TestLlava(suite("llava", "llava.json", root="pictures")): ...
+
+
+class TestParquet(suite("parquet", "table.parquet")): ...
+
+
+class TestDatasets(suite("datasets", "saved")): ...
+
+
+class TestInternVLRows(suite("internvl", "rows.jsonl", root="pictures")): ...
 
 
 # --- the suite notices ------------------------------------------------------------------------------------------

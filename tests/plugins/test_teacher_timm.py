@@ -325,3 +325,38 @@ def test_internvls_connector_is_read(tmp_path: Path) -> None:
         tiny_vit(connector=str(tmp_path / "other.safetensors"))
     with pytest.raises(ValueError, match="TimmTeacher has no connector"):
         tiny_vit().connected_features(tiles)
+
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5,) * 3, (0.5,) * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "hub_id", "side", "grid", "channels", "normalisation", "blocks"),
+    [
+        ("intern-vit-300m", "timm/vit_intern300m_patch14_448.ogvl_dist", 448, 32, 1024, IMAGENET, 24),
+        ("siglip2", "timm/vit_base_patch16_siglip_224.v2_webli", 224, 14, 768, HALF, 12),
+        ("dinov3", "timm/vit_base_patch16_dinov3.lvd1689m", 256, 16, 768, IMAGENET, 12),
+        ("eva02", "timm/eva02_base_patch14_224.mim_in22k", 224, 16, 768, OPENAI, 12),
+        ("clip", "timm/vit_base_patch16_clip_224.openai", 224, 14, 768, OPENAI, 12),
+    ],
+)
+def test_teachers_are_ready_by_name(name, hub_id, side, grid, channels, normalisation, blocks) -> None:
+    """The real architectures at their own size: whole on the meta device, with one block of random weights on tiles."""
+    (spec,) = [spec for spec in plugin.hovle_teachers() if spec.name == name]
+    assert spec.kwargs["weights"] == "timm"
+    kwargs = {**spec.kwargs, "weights": None}
+    with torch.device("meta"):
+        assert len(TimmTeacher(**kwargs).model.blocks) == blocks
+    teacher = TimmTeacher(**{**kwargs, "model_kwargs": {**kwargs["model_kwargs"], "depth": 1}})
+    own = teacher.model.pretrained_cfg
+    assert own["hf_hub_id"] in (hub_id, "timm/")  # timm fills the name in
+    assert own["input_size"] == (3, side, side)
+    assert tuple(teacher.mean.flatten().tolist()) == pytest.approx(normalisation[0])
+    assert tuple(teacher.std.flatten().tolist()) == pytest.approx(normalisation[1])
+    assert teacher.feature_size == channels
+    assert teacher.features(random_tiles(1, side)).shape == (1, grid, grid, channels)
+    # The demo's tiles are of another size, which the position embeddings follow.
+    patches = 112 // (side // grid)
+    assert teacher.features(random_tiles(1, 112)).shape == (1, patches, patches, channels)

@@ -49,7 +49,7 @@ def hovle_teachers() -> list[Spec]:
         _from_hub(
             "intern-vit-300m", "vit_intern300m_patch14_448", "InternViT-300M-448px, 1024 channels at 1/14"
         ),
-        _from_hub("siglip", "vit_base_patch16_siglip_224.v2_webli", "SigLIP 2 base, 768 channels at 1/16"),
+        _from_hub("siglip2", "vit_base_patch16_siglip_224.v2_webli", "SigLIP 2 base, 768 channels at 1/16"),
         _from_hub("dinov3", "vit_base_patch16_dinov3.lvd1689m", "DINOv3 base, 768 channels at 1/16"),
         _from_hub("eva02", "eva02_base_patch14_224.mim_in22k", "EVA-02 base, 768 channels at 1/14"),
         _from_hub("clip", "vit_base_patch16_clip_224.openai", "CLIP base, 768 channels at 1/16"),
