@@ -116,6 +116,28 @@ def test_padded_rows_behind_an_hd_cache_are_refused(tokenizer):
         model(input_ids=torch.full((2, 1), 7), attention_mask=mask, past_key_values=first.past_key_values)
 
 
+def test_rows_whose_cached_pictures_differ_in_number_are_refused(tokenizer):
+    """Without padding for the LLM there is padding for the blocks, which no mask tells; alike rows go on."""
+    model = tiny_hovle(tokenizer, pixel_shuffle_loc="post")
+    whole = batch(model, packed=False)
+    picture, pixels = whole["input_ids"], whole["pixel_values"]
+    text = torch.arange(30, 30 + picture.shape[1])[None]
+    for row, tiles, refused in ((text, pixels, True), (picture, torch.cat([pixels, pixels]), False)):
+        ids, more = torch.cat([picture, row]), torch.tensor([[9, 10], [11, 12]])
+        with torch.no_grad():
+            expected = model(input_ids=torch.cat([ids, more], 1), pixel_values=tiles).logits[:, -2:]
+            cache = model(input_ids=ids, pixel_values=tiles, use_cache=True).past_key_values
+            if refused:
+                with pytest.raises(ValueError, match="rows are padded behind a HoVLE-HD cache"):
+                    model(input_ids=more, past_key_values=cache)
+                rest = {"attention_mask": torch.ones(2, ids.shape[1] + 2), "past_key_values": cache}
+                with pytest.raises(ValueError, match="rows are padded behind a HoVLE-HD cache"):
+                    model.generate(more, **rest, max_new_tokens=1)
+            else:
+                out = model(input_ids=more, past_key_values=cache).logits
+                torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_images_are_numbered_by_runs_and_samples():
     is_image = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 0]]).bool()
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 # Room is made for this share of the tokens cached so far, so that n steps copy O(n) tokens in all.
 GROWTH = 0.25
 SMALLEST_GROWTH = 128
+_PADDED = "hovle_rows_are_padded"
 
 
 class GrowingLayer(DynamicLayer):
@@ -180,6 +181,17 @@ def make_room(blocks: Cache, llm: Cache, tokens: int, more: int) -> None:
                 f"HoVLE-HD needs {needed} with these pictures; use a DynamicCache to add pictures turn by turn"
             )
         layer.max_cache_len, layer.is_initialized = needed, False
+
+
+def note_padding(blocks: Cache, padded: bool) -> None:
+    """Note whether HoVLE-HD's blocks padded a cache's first rows: they do where pictures differ in number, and neither
+    the LLM's mask nor what is cached tells."""
+    setattr(blocks.layers[0], _PADDED, padded)
+
+
+def is_padded(blocks: Cache) -> bool:
+    """What `note_padding` noted."""
+    return bool(getattr(blocks.layers[0], _PADDED, False))
 
 
 def _static_layers(cache: Cache) -> list[StaticLayer]:

@@ -108,14 +108,16 @@ def text_step(is_image: Tensor, repeats: int, attention_mask: Tensor, new: int) 
     return Expansion(None, mask.long(), lengths - new + torch.arange(new, device=device))
 
 
-def after_cache(is_image: Tensor, repeats: int, past: int, attention_mask: Tensor | None) -> Expansion:
+def after_cache(
+    is_image: Tensor, repeats: int, past: int, attention_mask: Tensor | None, padded: bool = False
+) -> Expansion:
     """The blocks' view of new text and pictures `is_image [B, T]` that follow `past` cached block positions.
 
-    Raises ValueError where rows are padded or their new pictures expand unlike: how far each row's pictures expand is
-    then not known from here. `generate` passes an expansion on its own.
+    padded: whether the blocks' cached rows are. Raises ValueError where rows are padded or their new pictures expand
+    unlike: how far each row's pictures expand is then not known from here. `generate` passes an expansion on its own.
     """
     new = expand_placeholders(is_image, repeats)
-    padded = attention_mask is not None and not bool(attention_mask.all())
+    padded = padded or (attention_mask is not None and not bool(attention_mask.all()))
     if padded or not bool(new.attention_mask.all()):
         raise ValueError(
             "rows are padded behind a HoVLE-HD cache (attention_mask, or unlike numbers of tiles), so their padding in "

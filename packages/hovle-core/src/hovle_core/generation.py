@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import Cache, GenerationMixin
 from transformers.masking_utils import create_causal_mask
 
-from hovle_core.cache import check_room
+from hovle_core.cache import check_room, is_padded
 from hovle_core.config import HovleConfig
 from hovle_core.fusion import Expansion, after_cache, expand_placeholders, text_step
 from hovle_core.holistic_embedding import HolisticEmbedding
@@ -163,7 +163,7 @@ class HovleGenerationMixin(GenerationMixin):
             view = expand_placeholders(is_image, repeats, attention_mask)
         elif pictures or is_image.shape[1] < attention_mask.shape[1]:
             past = int(blocks_cache.get_seq_length())
-            view = after_cache(is_image[:, -new:], repeats, past, attention_mask)
+            view = after_cache(is_image[:, -new:], repeats, past, attention_mask, is_padded(blocks_cache))
         else:
             view = text_step(is_image, repeats, attention_mask, new)
         if pictures or not (behind and cache.is_compileable):

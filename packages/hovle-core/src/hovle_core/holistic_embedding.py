@@ -18,6 +18,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hovle_core.attention import PACKED_ATTENTION
+from hovle_core.cache import is_padded, note_padding
 from hovle_core.config import HolisticEmbeddingConfig
 from hovle_core.fusion import (
     Expansion,
@@ -195,7 +196,8 @@ class HolisticEmbedding(PreTrainedModel):
         repeats = self.config.block_tokens_per_placeholder
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if expansion is None and past:
-            expansion = after_cache(is_image, repeats, past, attention_mask)
+            assert past_key_values is not None
+            expansion = after_cache(is_image, repeats, past, attention_mask, is_padded(past_key_values))
         elif expansion is None:
             # position_ids say something only about packing, and only where nothing is padded.
             restarts = position_ids if attention_mask is None else None
@@ -213,6 +215,8 @@ class HolisticEmbedding(PreTrainedModel):
             past_key_values,
             None if images is None else wide_is_image,
         )
+        if past_key_values is not None and not past:
+            note_padding(past_key_values, padded)
         assert expansion.source is not None
         rows, columns = (real & ~wide_is_image).nonzero(as_tuple=True)
         out = torch.zeros_like(x)

@@ -197,7 +197,8 @@ def scan_tar(file: BinaryIO, size: int) -> tuple[tuple[Record, ...], str | None]
     """
     records: list[Record] = []
     key, members = "", list[Member]()
-    problem = link = None
+    problem: str | None = None
+    link: str | None = None
 
     def finish() -> None:
         nonlocal link
