@@ -47,7 +47,13 @@ class Cluster:
 
         self.folder, self.port = folder, free_port()
         dashboard = free_port()
-        ray.init(num_cpus=8, dashboard_port=dashboard, log_to_driver=False, object_store_memory=100 * 2**20)
+        ray.init(
+            "local",
+            num_cpus=8,
+            dashboard_port=dashboard,
+            log_to_driver=False,
+            object_store_memory=100 * 2**20,
+        )
         self.dashboard = f"http://127.0.0.1:{dashboard}"
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120, trust_env=False)
 
