@@ -82,7 +82,7 @@ def test_a_plan_counts_it_by_its_length(make_recipe, plugins):
         recipe = with_mixer(make_recipe, "alignment")
         recipe.model.embedding["token_mixer"] = mixer
         stage = plugins.registry.build("stage", "alignment", recipe=recipe, registry=plugins.registry)
-        return row_cost(meta_module(stage), Row(1024, sample, 0, 8), torch.float32, False).forward
+        return row_cost(meta_module(stage, plugins), Row(1024, sample, 0, 8), torch.float32, False).forward
 
     llm = forward("attention", 1024) - forward(
         "attention", 256
