@@ -1,6 +1,7 @@
 """The demo's own parts: recipes with its folders, the clock, the controls of its evaluation, and one tiny whole run."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from hovle_core.cli import main
 from hovle_core.plugins import load_plugins
 from hovle_data.schema import Sample
-from hovle_demo import run
+from hovle_demo import meters, run
 from hovle_demo.evaluate import _shuffled, accuracy
 from hovle_demo.meters import Clock, Memory
 
@@ -77,6 +78,18 @@ def test_the_clock_counts_interrupted_work_and_not_what_is_done(tmp_path, monkey
     assert Clock(tmp_path / "phases.json").peak(1.0) == 2.0
 
 
+def test_the_clock_knows_what_the_host_took(tmp_path, monkeypatch):
+    taken = iter([10.0, 10.0 + 0.05 * os.cpu_count(), 20.0, 20.0])
+    monkeypatch.setattr(meters, "_stolen_s", lambda: next(taken))
+    clock = Clock(tmp_path / "phases.json")
+    for name in "ab":
+        with clock.phase(name):
+            time.sleep(0.1)
+    assert Clock(tmp_path / "phases.json").steal_share == pytest.approx(0.25, rel=0.2)
+    assert run._taken({"steal_share": 0.25}) == "; the host took 25% of the cores' time"
+    assert run._taken({"steal_share": 0.01}) == run._taken({}) == ""
+
+
 def test_memory_sees_this_process(monkeypatch):
     monkeypatch.setattr(Memory, "INTERVAL_S", 0.05)
     with Memory() as memory:
@@ -124,6 +137,7 @@ def test_the_whole_demo_runs_small_and_again_at_once(tmp_path, capsys, monkeypat
     wanted = {"easy_vqa_open", "easy_vqa_open_shuffled", "easy_vqa_yes_no", "wall_s", "peak_rss_gib"}
     assert wanted <= results.keys()
     assert 0 < results["peak_rss_gib"] < 8
+    assert 0 <= results["steal_share"] < 1
     assert set(results["stages"]) == set(run.STAGES)
     report = (out / "report.html").read_text()
     assert "easy-VQA" in report

@@ -18,13 +18,14 @@ from hovle_train.export import write_json
 
 
 class Clock:
-    """Seconds of each phase and the peak of memory, over all starts of the demo: a resumed one must not look fast."""
+    """Seconds of each phase, what a virtual machine's host took of them, and the peak of memory, over all starts of the
+    demo: a resumed one must not look fast."""
 
     IDLE_S = 3.0
 
     def __init__(self, path: Path):
         self.path = path
-        self.content: dict[str, Any] = {"seconds": {}, "peak_gib": 0.0}
+        self.content: dict[str, Any] = {"seconds": {}, "stolen_s": 0.0, "peak_gib": 0.0}
         if path.is_file():
             self.content |= json.loads(path.read_text())
 
@@ -38,20 +39,31 @@ class Clock:
 
         Finding out that there is nothing to do (below `IDLE_S`) is not counted, unless nothing was before.
         """
-        started = time.perf_counter()
+        started, stolen = time.perf_counter(), _stolen_s()
         try:
             yield
         finally:
             spent = time.perf_counter() - started
             if spent > self.IDLE_S or name not in self.seconds:
                 self.seconds[name] = self.seconds.get(name, 0.0) + spent
+                self.content["stolen_s"] += (_stolen_s() - stolen) / (os.cpu_count() or 1)
                 write_json(self.path, self.content)
+
+    @property
+    def steal_share(self) -> float:
+        """How much of the phases' time the host gave to others (Linux's steal), of all cores together; 0 on iron."""
+        return float(self.content["stolen_s"]) / max(1e-9, sum(self.seconds.values()))
 
     def peak(self, gib: float) -> float:
         """The larger of `gib` and what was seen before."""
         self.content["peak_gib"] = max(self.content["peak_gib"], gib)
         write_json(self.path, self.content)
         return self.content["peak_gib"]
+
+
+def _stolen_s() -> float:
+    """CPU seconds that the host has taken since this machine started, of all cores; 0 where nobody says."""
+    return float(getattr(psutil.cpu_times(), "steal", 0.0))
 
 
 class Memory:

@@ -152,6 +152,7 @@ def _write(
         "llm": args.llm,
         "wall_s": round(sum(clock.seconds.values()), 1),
         "phases_s": {name: round(seconds, 1) for name, seconds in clock.seconds.items()},
+        "steal_share": round(clock.steal_share, 3),
         "peak_rss_gib": round(clock.peak(memory.peak_gib), 2),
         "machine": machine(),
         "commit": git_commit(),
@@ -167,7 +168,8 @@ def _write(
             for stage, cost in facts["stages"].items()
         ),
         "Wall time": f"{facts['wall_s']:.0f} s: "
-        + ", ".join(f"{name.replace('_', ' ')} {s:.0f}" for name, s in facts["phases_s"].items()),
+        + ", ".join(f"{name.replace('_', ' ')} {s:.0f}" for name, s in facts["phases_s"].items())
+        + _taken(facts),
         "Peak memory": f"{facts['peak_rss_gib']} GiB, all processes",
         "Machine": facts["machine"],
         "Commit": facts["commit"] or "not a git checkout",
@@ -185,6 +187,12 @@ def _write(
     )
 
 
+def _taken(results: dict[str, Any]) -> str:
+    """What a reader must know of a wall time on a shared machine."""
+    share = results.get("steal_share", 0.0)  # results of an earlier version have none
+    return f"; the host took {share:.0%} of the cores' time" if share >= 0.02 else ""
+
+
 def _cost(run: Path) -> dict[str, Any]:
     summary = read_summary(run)
     return {
@@ -198,7 +206,7 @@ def _say_what_next(out: Path, console: Console) -> None:
     local = Path(".venv/bin/hovle")
     hovle = local if local.is_file() and "VIRTUAL_ENV" not in os.environ else "hovle"
     console.print(
-        f"wall time {results['wall_s']:.0f} s ({phases}), peak memory {results['peak_rss_gib']} GiB\n"
+        f"wall time {results['wall_s']:.0f} s ({phases}){_taken(results)}, peak memory {results['peak_rss_gib']} GiB\n"
         f"report:  {out / 'report.html'}\nnumbers: {out / 'results.json'}\n"
         f"now ask it something:\n"
         f'  {hovle} chat {out} --image {out / "example.png"} "{(out / "example.txt").read_text()}"',
