@@ -70,6 +70,14 @@ def silent_hd(model, processor):
     return hd
 
 
+@pytest.fixture(params=["pre", "post", "image_bidirectional"])
+def laid_out(request, model, silent_hd):
+    """A HoVLE, a HoVLE-HD, and one whose pictures see themselves whole."""
+    if request.param == "image_bidirectional":
+        model.config.embedding_config.mask_type = request.param
+    return silent_hd if request.param == "post" else model
+
+
 def generated(model, processor, prompt: Encoded, tokens: int) -> str:
     out = model.generate(**processor.batch([prompt]), max_new_tokens=tokens, do_sample=False)
     return processor.tokenizer.decode(out[0, len(prompt.input_ids) :], skip_special_tokens=True)
@@ -84,20 +92,16 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.parametrize("layout", ["pre", "post", "image_bidirectional"])
-def test_an_answer_is_generates_whoever_joins_and_leaves(model, silent_hd, processor, encode, layout):
-    model = silent_hd if layout == "post" else model
-    if layout == "image_bidirectional":
-        model.config.embedding_config.mask_type = layout
+def test_an_answer_is_generates_whoever_joins_and_leaves(laid_out, processor, encode):
     lengths = [40, 3, 25, 12, 30]
     prompts = [encode(text, *sizes) for text, sizes in PROMPTS]
-    expected = [generated(model, processor, prompt, n) for prompt, n in zip(prompts, lengths, strict=True)]
+    expected = [generated(laid_out, processor, prompt, n) for prompt, n in zip(prompts, lengths, strict=True)]
     assert len(set(expected)) == len(expected)
     sizes = []
-    model.language_model.register_forward_pre_hook(
+    laid_out.language_model.register_forward_pre_hook(
         lambda _, args, kwargs: sizes.append(kwargs["inputs_embeds"].shape[0]), with_kwargs=True
     )
-    with Engine(model, processor, max_batch=4) as engine:
+    with Engine(laid_out, processor, max_batch=4) as engine:
         asked, said = [], []
         for prompt, n in zip(prompts, lengths, strict=True):
             asked.append(Asked(engine, prompt, Sampling(max_new_tokens=n)))
@@ -160,13 +164,7 @@ def test_several_answers_to_one_prompt_read_it_once(model, processor, encode):
     assert ["".join(piece.text for piece in pieces) for pieces in heard] == [expected] * 3
 
 
-@pytest.mark.parametrize("layout", ["pre", "post", "image_bidirectional"])
-def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(
-    model, silent_hd, processor, encode, layout
-):
-    model = silent_hd if layout == "post" else model
-    if layout == "image_bidirectional":
-        model.config.embedding_config.mask_type = layout
+def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(laid_out, processor, encode):
     wide, red = (300, 60), (60, 60)
     prompts = [
         encode("what is this?", wide),
@@ -182,10 +180,10 @@ def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(
     other.tiles = other.tiles.copy()
     other.tiles[-1] ^= 255
     prompts.append(other)
-    expected = [generated(model, processor, prompt, 10) for prompt in prompts]
+    expected = [generated(laid_out, processor, prompt, 10) for prompt in prompts]
     tiles, reused = [], []
-    model.embedding.patch_embed.register_forward_pre_hook(lambda _, args: tiles.append(len(args[0])))
-    with Engine(model, processor) as engine:
+    laid_out.embedding.patch_embed.register_forward_pre_hook(lambda _, args: tiles.append(len(args[0])))
+    with Engine(laid_out, processor) as engine:
         for prompt, text in zip(prompts, expected, strict=True):
             before = engine.reused_tokens
             assert Asked(engine, prompt, Sampling(max_new_tokens=10)).text() == text
@@ -195,19 +193,13 @@ def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(
     assert all(reused[i] > shared for i in (1, 2, 3))
     assert reused[5] == len(prompts[5].input_ids) - 1
     assert tiles == [5, 1, 4, 1, 1, 5]
-    with Engine(model, processor, max_prefix_tokens=0) as engine:
+    with Engine(laid_out, processor, max_prefix_tokens=0) as engine:
         for prompt, text in zip(prompts[:2], expected[:2], strict=True):
             assert Asked(engine, prompt, Sampling(max_new_tokens=10)).text() == text
         assert engine.reused_tokens == 0
 
 
-@pytest.mark.parametrize("layout", ["pre", "post", "image_bidirectional"])
-def test_what_is_new_in_prompts_that_come_together_is_read_in_one_forward(
-    model, silent_hd, processor, encode, layout
-):
-    model = silent_hd if layout == "post" else model
-    if layout == "image_bidirectional":
-        model.config.embedding_config.mask_type = layout
+def test_what_is_new_in_prompts_that_come_together_is_read_in_one_forward(laid_out, processor, encode):
     red, wide = (60, 60), (300, 60)
     blue, what = "blue circle " * 6, "what is this? " * 3
     waves = [
@@ -215,12 +207,12 @@ def test_what_is_new_in_prompts_that_come_together_is_read_in_one_forward(
         # Behind what is known of the first three: other words, another picture; and a prompt that is all new.
         [encode(blue + "and red?"), encode(what + "this?", red), encode("red", wide, red), encode("a", (60, 200))],
     ]  # fmt: skip
-    expected = [[generated(model, processor, prompt, 10) for prompt in wave] for wave in waves]
+    expected = [[generated(laid_out, processor, prompt, 10) for prompt in wave] for wave in waves]
     read = []
-    model.language_model.register_forward_pre_hook(
+    laid_out.language_model.register_forward_pre_hook(
         lambda _, args, kwargs: read.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
     )
-    with Engine(model, processor) as engine:
+    with Engine(laid_out, processor) as engine:
         for prompts, texts in zip(waves, expected, strict=True):
             read.clear()
             assert together(engine, prompts, 10) == texts

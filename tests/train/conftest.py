@@ -29,6 +29,30 @@ def question(colour: str) -> tuple:
     )
 
 
+class Killed(Exception):
+    """Stands for a SIGKILL between two steps."""
+
+
+def run_killed_after(trainer, steps: int) -> None:
+    """Run a trainer that dies after so many steps of its own."""
+    inner, left = trainer.step, [steps]
+
+    def step(*args):
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        return inner(*args)
+
+    trainer.step = step
+    with pytest.raises(Killed):
+        trainer.run()
+
+
+@pytest.fixture(scope="session", name="run_killed_after")
+def _run_killed_after():
+    return run_killed_after
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Folder with `llm/` and shards `images`, `texts`, `pairs`, `chats`."""

@@ -33,17 +33,15 @@ def test_an_average_by_hand():
     assert p.tolist() == [2.0]
 
 
-class Killed(Exception):
-    pass
-
-
 def averaged_recipe(make_recipe, folder, precision, export="final"):
     ema = {"decay": 0.7, "export": export}
     return make_recipe("alignment", run_dir=str(folder), train={"precision": precision}, optim={"ema": ema})
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_resumed_average_is_that_of_an_uninterrupted_run(precision, make_recipe, plugins, tmp_path):
+def test_a_resumed_average_is_that_of_an_uninterrupted_run(
+    precision, make_recipe, plugins, tmp_path, run_killed_after
+):
     """And both are what is written down step by step, outside of the loop."""
     whole = Trainer(averaged_recipe(make_recipe, tmp_path / "whole", precision), plugins, Runtime())
     history, original = [], whole.log
@@ -56,16 +54,7 @@ def test_a_resumed_average_is_that_of_an_uninterrupted_run(precision, make_recip
     whole.run()
     broken = averaged_recipe(make_recipe, tmp_path / "broken", precision)
     trainer = Trainer(broken, plugins, Runtime())
-    done = trainer.step
-
-    def step(number, batches):
-        if number == 3:
-            raise Killed
-        return done(number, batches)
-
-    trainer.step = step
-    with pytest.raises(Killed):
-        trainer.run()
+    run_killed_after(trainer, 3)
     assert not is_finished(broken.path)
     Trainer(broken, plugins, Runtime()).run()
     a, b = weights_of(tmp_path / "whole" / "final"), weights_of(tmp_path / "broken" / "final")

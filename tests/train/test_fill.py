@@ -113,25 +113,12 @@ def test_a_run_with_too_few_tiles_a_row_stops(make_recipe, plugins):
 ROWS = {"global_batch_size": None, "global_batch_rows": 4}
 
 
-class Killed(Exception):
-    pass
-
-
-def test_steps_of_rows_resume_bit_for_bit(make_recipe, plugins, tmp_path):
+def test_steps_of_rows_resume_bit_for_bit(make_recipe, plugins, tmp_path, run_killed_after):
     whole = make_recipe("alignment", run_dir=str(tmp_path / "whole"), train=ROWS)
     Trainer(whole, plugins, Runtime()).run()
     broken = make_recipe("alignment", run_dir=str(tmp_path / "broken"), train=ROWS, data={"num_threads": 2})
     trainer = Trainer(broken, plugins, Runtime())
-    inner = trainer.step
-
-    def step(number, batches):
-        if number == 5:
-            raise Killed
-        return inner(number, batches)
-
-    trainer.step = step
-    with pytest.raises(Killed):
-        trainer.run()
+    run_killed_after(trainer, 5)
     (_, newest) = checkpoint.complete_checkpoints(trainer.checkpoints)
     lanes = checkpoint.read_state(newest)["data"]
     assert sorted(lanes) == ["0", "1", "2", "3"]

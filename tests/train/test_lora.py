@@ -44,12 +44,10 @@ def test_adapters_train_and_are_merged(make_recipe, plugins, precision):
     assert "embedding.patch_embed.patch_embedding.weight" in changed
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_adapters_alone_are_saved_merged_and_resumed(precision, make_recipe, plugins, tmp_path):
+def test_adapters_alone_are_saved_merged_and_resumed(
+    precision, make_recipe, plugins, tmp_path, run_killed_after
+):
     """peft is the oracle: the adapter on the model that the run started from is the finished model."""
 
     def recipe(name):
@@ -61,16 +59,7 @@ def test_adapters_alone_are_saved_merged_and_resumed(precision, make_recipe, plu
     whole = Trainer(recipe("whole"), plugins, Runtime())
     whole.run()
     broken = Trainer(recipe("broken"), plugins, Runtime())
-    done = broken.step
-
-    def step(number, batches):
-        if number == 3:
-            raise Killed
-        return done(number, batches)
-
-    broken.step = step
-    with pytest.raises(Killed):
-        broken.run()
+    run_killed_after(broken, 3)
     assert not is_finished(broken.recipe.path)
     kept = load_file(next((broken.recipe.path / "checkpoints").glob("step-*")) / "model.safetensors")
     assert all(".lora_" in name for name in kept), "a checkpoint holds what trains"

@@ -101,11 +101,7 @@ def test_alignment_through_an_int8_llm(make_recipe, plugins, precision, tmp_path
     assert model(torch.arange(3, 9)[None]).logits.isfinite().all()
 
 
-class Killed(Exception):
-    pass
-
-
-def test_a_resumed_run_is_the_uninterrupted_one(make_recipe, plugins, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one(make_recipe, plugins, tmp_path, run_killed_after):
     def recipe(name):
         return with_int8(
             make_recipe, run_dir=str(tmp_path / name), train={"steps": 4, "precision": "bfloat16"}
@@ -113,16 +109,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_recipe, plugins, tmp_path):
 
     Trainer(recipe("whole"), plugins, Runtime()).run()
     broken = Trainer(recipe("broken"), plugins, Runtime())
-    done = broken.step
-
-    def step(number, batches):
-        if number == 3:
-            raise Killed
-        return done(number, batches)
-
-    broken.step = step
-    with pytest.raises(Killed):
-        broken.run()
+    run_killed_after(broken, 3)
     Trainer(recipe("broken"), plugins, Runtime()).run()
     whole, resumed = tensors(recipe("whole")), tensors(recipe("broken"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -96,28 +96,13 @@ def test_overfits_one_batch(stage, make_recipe, plugins):
         assert logged[-1]["loss"] < 0.25 * logged[0]["loss"]
 
 
-class Killed(Exception):
-    """Stands for a SIGKILL between two steps."""
-
-
-def kill_after(trainer, steps):
-    """Let the trainer die after so many steps of its own."""
-    inner, left = trainer.step, [steps]
-
-    def step(*args):
-        if left[0] == 0:
-            raise Killed
-        left[0] -= 1
-        return inner(*args)
-
-    trainer.step = step
-
-
 @pytest.mark.parametrize(
     ("stage", "precision", "optimizer"),
     [*((stage, "float32", "adamw") for stage in STAGES), ("instruction_tuning", "bfloat16", "muon")],
 )
-def test_resumed_equals_uninterrupted(stage, precision, optimizer, make_recipe, plugins, tmp_path):
+def test_resumed_equals_uninterrupted(
+    stage, precision, optimizer, make_recipe, plugins, tmp_path, run_killed_after
+):
     """Bit for bit; killed twice, once off a checkpoint."""
     sections = {"train": {"precision": precision}, "optim": {"name": optimizer}}
     whole = make_recipe(stage, run_dir=str(tmp_path / "whole"), **sections)
@@ -125,9 +110,7 @@ def test_resumed_equals_uninterrupted(stage, precision, optimizer, make_recipe, 
     broken = make_recipe(stage, run_dir=str(tmp_path / "broken"), **sections)
     for steps in (3, 1):
         trainer = Trainer(broken, plugins, Runtime())
-        kill_after(trainer, steps)
-        with pytest.raises(Killed):
-            trainer.run()
+        run_killed_after(trainer, steps)
         assert not is_finished(broken.path)
     Trainer(broken, plugins, Runtime()).run()
     a, b = (load_file(recipe.path / "final" / "model.safetensors") for recipe in (whole, broken))
@@ -145,12 +128,10 @@ def test_resumed_equals_uninterrupted(stage, precision, optimizer, make_recipe, 
     assert [line["step"] for line in curves[0]] == list(range(6))
 
 
-def test_a_torn_checkpoint_is_passed_over(make_recipe, plugins, tmp_path):
+def test_a_torn_checkpoint_is_passed_over(make_recipe, plugins, tmp_path, run_killed_after):
     recipe = make_recipe("alignment", train={"keep_checkpoints": 5})
     trainer = Trainer(recipe, plugins, Runtime())
-    kill_after(trainer, 5)
-    with pytest.raises(Killed):
-        trainer.run()
+    run_killed_after(trainer, 5)
     newest = checkpoint.complete_checkpoints(trainer.checkpoints)[-1]
     content = (newest / "model.safetensors").read_bytes()
     (newest / "model.safetensors").write_bytes(content[: len(content) // 2])
@@ -159,12 +140,10 @@ def test_a_torn_checkpoint_is_passed_over(make_recipe, plugins, tmp_path):
     assert again.resume() == 2
 
 
-def test_another_recipe_does_not_resume_and_is_not_called_finished(make_recipe, plugins):
+def test_another_recipe_does_not_resume_and_is_not_called_finished(make_recipe, plugins, run_killed_after):
     recipe = make_recipe("alignment")
     trainer = Trainer(recipe, plugins, Runtime())
-    kill_after(trainer, 3)
-    with pytest.raises(Killed):
-        trainer.run()
+    run_killed_after(trainer, 3)
     for change, message in (
         ({"seed": 5}, "seed: 0, now 5"),
         ({"model": {"embedding": {"num_hidden_layers": 3, "image_size": 56}}}, "num_hidden_layers: 2, now 3"),
@@ -178,7 +157,7 @@ def test_another_recipe_does_not_resume_and_is_not_called_finished(make_recipe, 
         Trainer(make_recipe("alignment", optim={"lr": 1e-5}), plugins, Runtime()).run()
 
 
-def test_a_parent_that_was_retrained_is_noticed(make_recipe, plugins, tmp_path):
+def test_a_parent_that_was_retrained_is_noticed(make_recipe, plugins, tmp_path, run_killed_after):
     def parent(lr):
         shutil.rmtree(tmp_path / "parent", ignore_errors=True)
         recipe = make_recipe(
@@ -190,9 +169,7 @@ def test_a_parent_that_was_retrained_is_noticed(make_recipe, plugins, tmp_path):
     model = {"init_from": str(tmp_path / "parent"), "backbone": None, "embedding": {}, "image": {}}
     recipe = make_recipe("instruction_tuning", run_dir=str(tmp_path / "child"), model=model)
     trainer = Trainer(recipe, plugins, Runtime())
-    kill_after(trainer, 3)
-    with pytest.raises(Killed):
-        trainer.run()
+    run_killed_after(trainer, 3)
     parent(2e-3)
     message = "checkpoint .* started from .*parent, whose weights have changed since: delete .*child to train it again"
     with pytest.raises(ValueError, match=message):
@@ -322,3 +299,20 @@ def test_distilled_text_is_as_long_as_the_llms_own(make_recipe, plugins, tmp_pat
         lengths = embedded[~is_image].norm(dim=-1) / wanted[~is_image].norm(dim=-1)
         assert float(lengths.mean()) == pytest.approx(ratio, rel=0.01)
     torch.testing.assert_close(heads[0], heads[1], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("data", "resources", "prefetch"),
+    [
+        ({}, {}, 0),  # the model computes on the cores that a reading thread would take
+        ({"prefetch_steps": 3}, {}, 3),
+        ({}, {"teacher_pool": {"actors": 1}}, 2),  # others compute the features, and must be kept busy
+    ],
+)
+def test_what_is_read_ahead_and_kept_is_what_the_recipe_says(make_recipe, plugins, data, resources, prefetch):
+    recipe = make_recipe("distillation", data={**data, "tile_cache_gib": 0.25}, resources=resources)
+    trainer = Trainer(recipe, plugins, Runtime())
+    trainer.prepare()
+    loader = trainer.loader(Ledger())
+    assert loader.prefetch == prefetch
+    assert loader.stream.cut_tiles.max_bytes == 2**28

@@ -37,7 +37,23 @@ _Item = tuple[int, list[PackedBatch], State]
 _Produce = Callable[[threading.Event], Generator[_Item]]
 
 
-class Loader(ABC):
+class _Closing(ABC):
+    """Closed where its `with` block ends."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop reading; nothing comes after it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Loader(_Closing):
     """Packed batches step by step for rank `rank` of `world_size`; `steps` says which samples a step has.
 
     max_tokens, max_tiles: budgets of one packed batch.
@@ -98,14 +114,6 @@ class Loader(ABC):
         """Stop the threads of all iterators that are still running."""
         for iterator in list(self._running):
             iterator.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _produce(
         self, start_step: int, stop_step: int | None, state: State, stopped: threading.Event
@@ -181,7 +189,7 @@ class StepLoader(Loader):
         return pack([sample for sample in encoded if sample is not None], self.max_tokens, self.max_tiles)
 
 
-class Steps(ABC):
+class Steps(_Closing):
     """Iterator over (step, batches, data_wait_s); see `Loader.iterate`.
 
     state: of this rank behind the step that came last, whatever is prepared ahead of it.
@@ -194,18 +202,6 @@ class Steps(ABC):
 
     @abstractmethod
     def __next__(self) -> tuple[int, list[PackedBatch], float]: ...
-
-    @abstractmethod
-    def close(self) -> None:
-        """Stop reading; nothing comes after it."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class InlineSteps(Steps):

@@ -1,6 +1,5 @@
 """LoRA adapters put into a model in place, saved in peft's format, and merged into the weights that they sit on."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,26 +8,13 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel
 
-from hovle_core.registry import did_you_mean
+from hovle_core.wrapping import model_within
 
 #: Every projection of the LLM's blocks; of the embedding's, `.*embedding\.layers\..*_proj`.
 LLM_PROJECTIONS = r"(.*\.)?language_model\..*(q|k|v|o|qkv|gate|up|gate_up|down)_proj"
 #: Beside the merged model: peft reads it with the model that the run started from.
 FOLDER = "adapter"
-
-
-def settings(given: Any) -> dict[str, Any]:
-    """`model.wrappers.lora` as arguments of `add_adapters`. Raises ValueError for a field that it does not have."""
-    known = [name for name in inspect.signature(add_adapters).parameters if name != "module"]
-    fields = dict(given or {})
-    for name in fields:
-        if name not in known:
-            raise ValueError(
-                f"model.wrappers.lora has no {name!r}{did_you_mean(name, known)} (it has {', '.join(known)})"
-            )
-    return fields
 
 
 def add_adapters(
@@ -47,7 +33,7 @@ def add_adapters(
     """
     if r < 1:
         raise ValueError(f"model.wrappers.lora.r must be a rank of at least 1, got {r}")
-    model = adapted(module)
+    model = model_within(module)
     names = [name for name, _ in model.named_parameters()]
     for part in freeze:
         if not any(_under(part, name) for name in names):
@@ -77,7 +63,7 @@ def add_adapters(
 
 def save_adapters(module: nn.Module, folder: Path) -> None:
     """The adapters alone, as `PeftModel.from_pretrained` reads them onto the model that the run started from."""
-    model = adapted(module)
+    model = model_within(module)
     config = model.peft_config["default"]
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     config.save_pretrained(str(folder))
@@ -90,18 +76,13 @@ def save_adapters(module: nn.Module, folder: Path) -> None:
 
 def merge_adapters(module: nn.Module) -> None:
     """Add each adapter to the weight under it and take it away: the model has its own modules again."""
-    model = adapted(module)
+    model = model_within(module)
     layers: Mapping[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     for name, layer in layers.items():
         layer.merge()
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
     del model.peft_config
-
-
-def adapted(module: nn.Module) -> Any:
-    """The transformers model in what a stage trains, which may have heads around it; else all of it."""
-    return next((part for part in module.modules() if isinstance(part, PreTrainedModel)), module)
 
 
 def _under(part: str, name: str) -> bool:

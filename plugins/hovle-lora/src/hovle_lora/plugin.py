@@ -14,9 +14,10 @@ NAME = "lora"
 def hovle_build_model(wrappers: Mapping[str, Any]) -> Generator[None, Any, Any]:
     model = yield
     if NAME in wrappers:
-        from hovle_lora.adapters import add_adapters, settings
+        from hovle_core.wrapping import wrapper_settings
+        from hovle_lora.adapters import add_adapters
 
-        add_adapters(model, **settings(wrappers[NAME]))
+        add_adapters(model, **wrapper_settings(NAME, add_adapters, wrappers[NAME]))
     return model
 
 

@@ -3,7 +3,6 @@
 Shapes: n tokens in all, I inputs, O outputs.
 """
 
-import inspect
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hovle_core.registry import did_you_mean
+from hovle_core.wrapping import model_within
 
 LARGEST = 127
 
@@ -86,24 +85,12 @@ class Int8Linear(nn.Module):
         return linear.train(self.training)
 
 
-def settings(given: Any) -> dict[str, Any]:
-    """`model.wrappers.quantization` as arguments of `quantize`. Raises ValueError for a field that it does not have."""
-    known = [name for name in inspect.signature(quantize).parameters if name != "module"]
-    fields = dict(given or {})
-    for name in fields:
-        if name not in known:
-            raise ValueError(
-                f"model.wrappers.quantization has no {name!r}{did_you_mean(name, known)} (it has {', '.join(known)})"
-            )
-    return fields
-
-
 def quantize(module: nn.Module, modules: Sequence[str] = ("language_model.",)) -> None:
     """Exchange the frozen linear layers of the model in `module` that lie under `modules` for int8 ones. Heads stay.
 
     Raises ValueError for a part that is none, and for one without a frozen linear layer.
     """
-    model = wrapped(module)
+    model = model_within(module)
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     linears = {
         name: part for name, part in model.named_modules() if type(part) is nn.Linear and part is not head
@@ -129,15 +116,10 @@ def quantize(module: nn.Module, modules: Sequence[str] = ("language_model.",)) -
 
 def restore(module: nn.Module) -> None:
     """Put the linear layers back as they came."""
-    model = wrapped(module)
+    model = model_within(module)
     quantized = {name: part for name, part in model.named_modules() if isinstance(part, Int8Linear)}
     for name, part in quantized.items():
         _exchange(model, name, part.original())
-
-
-def wrapped(module: nn.Module) -> nn.Module:
-    """The transformers model in what a stage trains, which may have heads around it; else all of it."""
-    return next((part for part in module.modules() if isinstance(part, PreTrainedModel)), module)
 
 
 def _exchange(model: nn.Module, name: str, part: nn.Module) -> None:

@@ -18,9 +18,10 @@ NAME = "quantization"
 def hovle_build_model(wrappers: Mapping[str, Any]) -> Generator[None, Any, Any]:
     model = yield
     if NAME in wrappers:
-        from hovle_quantization.int8 import quantize, settings
+        from hovle_core.wrapping import wrapper_settings
+        from hovle_quantization.int8 import quantize
 
-        quantize(model, **settings(wrappers[NAME]))
+        quantize(model, **wrapper_settings(NAME, quantize, wrappers[NAME]))
     return model
 
 
