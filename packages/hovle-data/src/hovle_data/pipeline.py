@@ -60,8 +60,8 @@ class Loader(_Closing):
     num_threads: that run `stream.get` at a time; results keep the order of the positions, so their number
         changes nothing.
     prefetch: steps prepared ahead of the consumer, by a thread; with 0 a step is prepared when it is asked for. That
-        is right where training computes on the CPU itself: a thread that reads beside it takes Python's lock from it
-        and a core from its matmuls, which costs more than it hides (benchmarks/cpu_steps.py).
+        suits training on the CPU itself: a thread that reads beside it takes Python's lock from it and a core from its
+        matmuls, and hides little (benchmarks/cpu_steps.py).
     """
 
     def __init__(
