@@ -44,6 +44,16 @@ RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
 }
 
+# The same for a Ray of this machine alone, which nobody watches: what its processes tell a dashboard that is not there
+# takes cores from the step, and a step waits for the slower core.
+LOCAL_ENVIRONMENT = {
+    # It waits for a cluster to take nodes away; one process less to start a stage.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",  # none
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+}
+
 
 # Iterations that an idle OpenMP thread waits awake, about 5 ms: longer than the gaps between a step's operations, whose
 # wake-ups cost more than many an operation itself, and short beside what another process would have to wait.
@@ -147,8 +157,8 @@ def start_ray() -> None:
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not address:
-        # It waits for a cluster to take nodes away; this is one machine, and one process less to start a stage.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        for name, value in LOCAL_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():

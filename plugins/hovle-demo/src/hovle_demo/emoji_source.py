@@ -8,7 +8,7 @@ from pathlib import Path
 import emoji
 
 from hovle_demo.packages import EMOJI, OPENMOJI
-from hovle_demo.picture import Picture, render_picture
+from hovle_demo.picture import Picture, render_pictures
 from hovle_demo.split import Split, concept_split, head_word, rank
 
 _SKIN_TONE = re.compile(r"-1F3F[B-F]")
@@ -57,14 +57,12 @@ def load_emojis(limit: int | None = None, progress: Callable[[int, int], None] |
     # Named ones first, neutral before gendered (shorter code): of two that look the same the first one stays.
     order = sorted(files, key=lambda code: (code not in names, len(code), code))
     found: dict[str, Emoji] = {}
-    for done, code in enumerate(order, start=1):
-        picture = render_picture(f"openmoji-{code}", files[code])
+    drawings = [(f"openmoji-{code}", files[code]) for code in order]
+    for code, picture in zip(order, render_pictures(drawings, progress), strict=True):
         if picture.pixels not in found:
             name = names.get(code)
             head = head_word(name) if name else None
             found[picture.pixels] = Emoji(picture, name, head, concept_split(head) if head else None)
-        if progress:
-            progress(done, len(order))
     return list(found.values())
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hovle_demo.emoji_source import iso_of, svg_files
 from hovle_demo.factbook import Country
-from hovle_demo.picture import Picture, render_picture
+from hovle_demo.picture import Picture, render_pictures
 from hovle_demo.split import Split, country_split
 
 _COLORS = re.compile(
@@ -50,11 +50,9 @@ def load_flags(
             by_iso[country.iso].append(country)
     files = {iso: path for code, path in svg_files().items() if (iso := iso_of(code))}
     looks: dict[str, tuple[Picture, list[str]]] = {}
-    for done, iso in enumerate(sorted(files), start=1):
-        picture = render_picture(f"flag-{iso}", files[iso])
+    drawings = [(f"flag-{iso}", files[iso]) for iso in sorted(files)]
+    for iso, picture in zip(sorted(files), render_pictures(drawings, progress), strict=True):
         looks.setdefault(picture.pixels, (picture, []))[1].append(iso)
-        if progress:
-            progress(done, len(files))
     return [
         Flag(
             group="-".join(isos),

@@ -2,13 +2,17 @@
 
 import hashlib
 import io
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import resvg_py
 from PIL import Image
 
+from hovle_data.workers import default_workers, work
+
 RENDER_SIZE = 112  # pixels; drawings are read well at 48 already
+MANY = 1000  # drawings that take longer than starting a process to help
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,23 @@ def read_picture(key: str, path: Path) -> Picture:
         return Picture(key, png, pixel_digest(image))
 
 
+def render_pictures(
+    drawings: Sequence[tuple[str, Path]], progress: Callable[[int, int], None] | None = None
+) -> Iterator[Picture]:
+    """SVGs on white, `RENDER_SIZE` pixels square, in order: each a key and a file. Many of them use all cores."""
+    workers = default_workers() if len(drawings) >= MANY else 1
+    for done, picture in enumerate(work(_render, None, drawings, workers), start=1):
+        if progress:
+            progress(done, len(drawings))
+        yield picture
+
+
+def _render(_: None, drawing: tuple[str, Path]) -> Picture:
+    return render_picture(*drawing)
+
+
 def render_picture(key: str, svg: Path) -> Picture:
-    """An SVG on white, `RENDER_SIZE` pixels square."""
+    """One of them."""
     # dpi: sizes in points fail without it. background: transparent pixels would come out black.
     data = resvg_py.svg_to_bytes(
         svg_path=str(svg),

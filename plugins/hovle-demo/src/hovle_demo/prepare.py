@@ -10,6 +10,7 @@ from typing import Any
 
 from hovle_data.schema import Sample
 from hovle_data.shards import write_shards
+from hovle_data.workers import default_workers, work
 from hovle_demo.leaks import check_no_leak
 from hovle_demo.packages import ALL
 from hovle_demo.sample_sets import HELD_OUT_SETS, TRAIN_SETS, build_sets
@@ -22,6 +23,8 @@ CODE_VERSION = 6
 SETS = (*TRAIN_SETS, *HELD_OUT_SETS)
 # The tokenizer learns from training text only.
 TOKENIZER_SETS = ("text", "chat_text", "captions", "captions_flags", "vqa_emoji", "vqa_flags")
+
+MANY = 10_000  # samples that take longer than starting a process to help
 
 Progress = Callable[[str, int, int], None]
 
@@ -69,9 +72,15 @@ def prepare(
     if tokenizer_missing:
         manifest["tokenizer"] = _write_tokenizer(sets, out / "tokenizer")
         _write(manifest_path, manifest)
-    for name in missing:
-        manifest["sets"][name] = _write_set(sets[name], out / "shards" / name, progress)
+    tasks = [(name, sets[name]) for name in missing]
+    done, total = 0, sum(len(samples) for _, samples in tasks)
+    workers = default_workers() if total >= MANY else 1
+    for name, entry in zip(missing, work(_write_set, out / "shards", tasks, workers), strict=True):
+        manifest["sets"][name] = entry
         _write(manifest_path, manifest)
+        done += entry["samples"]
+        if progress:
+            progress("write shards", done, total)
     return manifest
 
 
@@ -80,14 +89,14 @@ def _fingerprint(seed: int, limit: int | None) -> str:
     return hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
 
 
-def _write_set(samples: Sequence[Sample], folder: Path, progress: Progress | None) -> dict[str, Any]:
+def _write_set(shards: Path, task: tuple[str, Sequence[Sample]]) -> dict[str, Any]:
+    """One set into its folder of `shards`; its entry of the manifest."""
+    name, samples = task
+    folder = shards / name
     # The old one, and what a process that was killed left behind.
     for stale in (folder, *folder.parent.glob(f"{folder.name}.tmp-*")):
         shutil.rmtree(stale, ignore_errors=True)
-    task, total = f"write {folder.name}", len(samples)
-    index = write_shards(
-        samples, folder, progress=(lambda done: progress(task, done, total)) if progress else None
-    )
+    index = write_shards(samples, folder)
     return {
         "samples": len(samples),
         "kind": samples[0].kind,
