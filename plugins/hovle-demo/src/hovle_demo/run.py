@@ -3,7 +3,9 @@
 import argparse
 import json
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +28,7 @@ from hovle_train.export import git_commit, write_json
 from hovle_train.lineage import parent_of
 from hovle_train.metrics import read_metrics
 from hovle_train.pipeline import Pipeline, load_pipeline
+from hovle_train.ray_trainer import start_ray
 from hovle_train.runs import METRICS_FILE, is_finished, read_summary, resolve_checkpoint
 
 STAGES = ("language_modeling", "distillation", "alignment", "instruction_tuning")
@@ -79,19 +82,41 @@ def _warn_if_slow(console: Console) -> None:
 
 
 def _prepare(args: argparse.Namespace, out: Path, clock: Clock, console: Console) -> dict[str, Any]:
-    """The data, of which the manifest is returned, and the LLM unless the demo pre-trains it."""
+    """The data, of which the manifest is returned, and the LLM unless the demo pre-trains it. Ray starts meanwhile."""
     with clock.phase("prepare"), _bars(console) as progress:
-        manifest = prepare(out / "prepared", seed=SEED, progress=progress)
-        if args.llm == "smollm2":
-            from hovle_demo.smollm2 import prepare_smollm2
 
-            prepare_smollm2(out / "prepared" / "smollm2", progress)
+        def everything() -> dict[str, Any]:
+            manifest = prepare(out / "prepared", seed=SEED, progress=progress)
+            if args.llm == "smollm2":
+                from hovle_demo.smollm2 import prepare_smollm2
+
+                prepare_smollm2(out / "prepared" / "smollm2", progress)
+            return manifest
+
+        preparing = _in_a_thread(everything)
+        if not args.local and not is_finished(out / STAGES[-1]):
+            start_ray()
+        manifest = preparing.result()
     total = sum(entry["samples"] for entry in manifest["sets"].values())
     seconds = clock.seconds["prepare"]
     console.print(
         f"prepare: {seconds:.0f} s  {total:,} samples in {len(manifest['sets'])} sets", highlight=False
     )
     return manifest
+
+
+def _in_a_thread(function: Callable[[], Any]) -> "Future[Any]":
+    """Call it beside this thread, which stays the one that Ray's processes were started from and die with."""
+    future: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # for whoever asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()  # Ctrl-C does not wait for it
+    return future
 
 
 def demo_pipeline(llm: str, out: Path, overrides: list[str], registry: Registry) -> Pipeline:
