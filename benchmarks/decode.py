@@ -2,16 +2,17 @@
 
 Peers, in this process: the same model without a cache (its first tokens); transformers' own `generate` on a bare
 Llama of the same depth, widths and prompt length, which has no pictures to embed; and reading the bytes of all weights
-that a token needs, by the faster of two plain reads. All but the uncached run take turns token by token, so that a
-machine that slows down is slow for all of them. Weights are random and in float32: PyTorch's bfloat16 vector-matrix
+that a token needs, by the faster of two plain reads. All but the uncached run take turns, a whole answer each, and each
+ratio is the median of the rounds'. Weights are random and in float32: PyTorch's bfloat16 vector-matrix
 products on CPUs are no faster (half the bytes at half the rate).
 """
 
 import json
 import statistics
-import threading
 import time
+import timeit
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,9 +25,8 @@ WIDTHS = {"hidden_size": 1536, "intermediate_size": 4096, "num_attention_heads":
 BLOCKS, LAYERS, VOCAB = 4, 8, 32_000
 TILES, PROMPT, NEW = 4, 1024, 64
 NEW_UNCACHED = 4  # its first tokens, which are its cheapest: the ratio is a lower bound
+ROUNDS, READS = 3, 15
 IMAGE_TOKEN = VOCAB - 1
-
-Job = Callable[[Callable[[], None]], None]
 
 
 def llama(layers: int) -> LlamaConfig:
@@ -68,33 +68,22 @@ def generate(model: PreTrainedModel, tokens: int = NEW, **inputs: Any) -> torch.
     return model.generate(**inputs, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
 
 
-def by_turns(jobs: dict[str, Job]) -> dict[str, list[float]]:
-    """Run jobs in threads of which one works at a time; a job's `tick()` ends its turn. Seconds of each turn."""
-    turns = [threading.Semaphore(0) for _ in jobs]
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+def timed(model: PreTrainedModel, **inputs: Any) -> tuple[float, float, torch.Tensor]:
+    """Seconds of a whole `generate`, of its median token behind the first, and the tokens."""
+    ticks = [time.perf_counter()]
+    tokens = generate(model, **inputs, streamer=Ticks(lambda: ticks.append(time.perf_counter())))
+    whole = time.perf_counter() - ticks[0]
+    # Turn 0 is what generate does before the prompt, turn 1 the prompt and the first token.
+    return whole, statistics.median(b - a for a, b in pairwise(ticks[2:])), tokens
 
-    def run(i: int, name: str, job: Job) -> None:
-        started = 0.0
 
-        def tick() -> None:
-            nonlocal started
-            seconds[name].append(time.perf_counter() - started)
-            turns[(i + 1) % len(turns)].release()
-            turns[i].acquire()
-            started = time.perf_counter()
-
-        turns[i].acquire()
-        started = time.perf_counter()
-        job(tick)
-        turns[(i + 1) % len(turns)].release()
-
-    threads = [threading.Thread(target=run, args=(i, *item)) for i, item in enumerate(jobs.items())]
-    for thread in threads:
-        thread.start()
-    turns[0].release()
-    for thread in threads:
-        thread.join()
-    return seconds
+def reading(weights: torch.Tensor) -> float:
+    """Median seconds of reading them once, by the faster of two ways."""
+    vector = torch.ones(weights.shape[1])
+    return min(
+        statistics.median(timeit.repeat(read, number=1, repeat=READS))
+        for read in (weights.sum, lambda: weights @ vector)
+    )
 
 
 def main() -> None:
@@ -106,45 +95,40 @@ def main() -> None:
     }
     text = {"input_ids": torch.randint(1, IMAGE_TOKEN, (1, PROMPT))}
     weights = torch.ones(bytes_a_token(model) // 4 // 4096, 4096)
-    vector = torch.ones(4096)
-    tokens: list[torch.Tensor] = []
-
-    def read(how: Callable[[], torch.Tensor]) -> Job:
-        def job(tick: Callable[[], None]) -> None:
-            for _ in range(NEW + 1):
-                how()
-                tick()
-
-        return job
-
-    seconds = by_turns(
-        {
-            "hovle": lambda tick: tokens.append(generate(model, **pictures, streamer=Ticks(tick))),
-            "transformers": lambda tick: tokens.append(generate(bare, **text, streamer=Ticks(tick))),
-            "sum": read(weights.sum),
-            "mv": read(lambda: weights @ vector),
-        }
+    runs: dict[str, list[tuple[float, float, torch.Tensor]]] = {"hovle": [], "transformers": []}
+    reads = []
+    for _ in range(ROUNDS):
+        runs["hovle"].append(timed(model, **pictures))
+        runs["transformers"].append(timed(bare, **text))
+        reads.append(reading(weights))
+    # A machine that slows down for a round is slow for all of it.
+    whole, step = (
+        {name: statistics.median(run[i] for run in found) for name, found in runs.items()} for i in (0, 1)
     )
+    bound = statistics.median(reads)
     start = time.perf_counter()
     uncached = generate(model, NEW_UNCACHED, **pictures, use_cache=False)
     without_cache = (time.perf_counter() - start) / NEW_UNCACHED
-    assert torch.equal(uncached, tokens[0][:, : PROMPT + NEW_UNCACHED]), "cached and uncached tokens differ"
-    # Turn 0 is what generate does before the prompt, turn 1 the prompt and the first token.
-    step = {name: statistics.median(turns[2:]) for name, turns in seconds.items()}
-    whole = {name: sum(turns) for name, turns in seconds.items()}
+    assert torch.equal(uncached, runs["hovle"][0][2][:, : PROMPT + NEW_UNCACHED]), (
+        "cached and uncached tokens differ"
+    )
     print(
         f"{torch.get_num_threads()} threads, {weights.nbytes >> 20} MiB of weights a token; ms a token: "
-        f"{ {name: round(1e3 * s, 1) for name, s in step.items()} }; tokens/s with the prompt: "
-        f"hovle {NEW / whole['hovle']:.2f}, transformers {NEW / whole['transformers']:.2f}, "
-        f"without cache {1 / without_cache:.2f}; weights read at "
-        f"{weights.nbytes / min(step['sum'], step['mv']) / 1e9:.1f} GB/s"
+        f"{ {name: round(1e3 * s, 1) for name, s in step.items()} }, reading the weights {1e3 * bound:.1f}; "
+        f"tokens/s with the prompt: hovle {NEW / whole['hovle']:.2f}, "
+        f"transformers {NEW / whole['transformers']:.2f}, without cache {1 / without_cache:.2f}"
     )
+
+    def ratio(i: int) -> float:
+        pairs = zip(runs["transformers"], runs["hovle"], strict=True)
+        return round(statistics.median(theirs[i] / ours[i] for theirs, ours in pairs), 3)
+
     result = {
         "benchmark": "decode",
         "ratio_no_cache": round(without_cache * NEW / whole["hovle"], 1),
-        "ratio_transformers": round(whole["transformers"] / whole["hovle"], 3),
-        "ratio_transformers_after_prompt": round(step["transformers"] / step["hovle"], 3),
-        "share_of_bandwidth_bound": round(min(step["sum"], step["mv"]) / step["hovle"], 3),
+        "ratio_transformers": ratio(0),
+        "ratio_transformers_after_prompt": ratio(1),
+        "share_of_bandwidth_bound": round(bound / step["hovle"], 3),
     }
     print(json.dumps(result))
 
