@@ -152,7 +152,7 @@ def test_static_caches_are_refused(fading):
 def test_recomputed_activations_are_the_same(fading):
     model = tiny_hovle(tiny_tokenizer(), token_mixer="fading").train()
     other = copy.deepcopy(model)
-    other.activation_checkpointing_enable()
+    other.gradient_checkpointing_enable()
     ids = torch.arange(3, 20)[None]
     for one in (model, other):
         one(ids, labels=ids).loss.backward()

@@ -20,7 +20,7 @@ from hovle_core.image_processor import HovleImageProcessor
 from hovle_core.processor import HovleProcessor
 from hovle_data.schema import Sample
 from hovle_data.shards import ShardSource
-from hovle_demo import packages, prepare, smollm2
+from hovle_demo import packages, picture, prepare, smollm2
 from hovle_demo.easy_vqa_source import Question, balance_yes_no, describe
 from hovle_demo.factbook import load_countries
 from hovle_demo.leaks import check_no_leak
@@ -390,6 +390,21 @@ def test_a_second_run_reuses_everything(
     out, manifest = prepared
     monkeypatch.setattr(prepare, "load_sources", lambda *_: pytest.fail("nothing should be read again"))
     assert prepare.prepare(out, limit=LIMIT) == manifest
+
+
+def test_several_processes_prepare_the_same_bytes(
+    prepared: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (prepare, picture):
+        monkeypatch.setattr(module, "MANY", 0)
+        monkeypatch.setattr(module, "default_workers", lambda: 2)
+    told: list[tuple[str, int, int]] = []
+    manifest = prepare.prepare(tmp_path, limit=LIMIT, progress=lambda *args: told.append(args))
+    assert manifest == prepared[1]  # with the hash of every tar
+    assert ("render emoji", LIMIT, LIMIT) in told
+    name, done, total = told[-1]
+    assert name == "write shards"
+    assert done == total == sum(entry["samples"] for entry in manifest["sets"].values())
 
 
 def test_stopped_and_damaged_parts_are_made_anew_and_the_rest_is_kept(

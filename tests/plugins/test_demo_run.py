@@ -55,6 +55,15 @@ def test_a_mistake_in_an_override_is_found_before_any_work(tmp_path, capsys):
     assert not (out / "prepared").exists()
 
 
+def test_what_fails_while_ray_starts_fails_the_demo():
+    def fail():
+        raise ValueError("package emoji is missing")
+
+    with pytest.raises(ValueError, match="package emoji is missing"):
+        run._in_a_thread(fail).result()
+    assert run._in_a_thread(lambda: "manifest").result() == "manifest"
+
+
 def test_the_clock_counts_interrupted_work_and_not_what_is_done(tmp_path, monkeypatch):
     monkeypatch.setattr(Clock, "IDLE_S", 0.03)
     clock = Clock(tmp_path / "phases.json")

@@ -167,5 +167,6 @@ def prepare_for_training(model: PreTrainedModel, config: ModelConfig) -> None:
     """Attention implementation and activation checkpointing, as the recipe asks."""
     model.set_attn_implementation(config.attention)
     if config.activation_checkpointing:
-        model.activation_checkpointing_enable()
+        # The oldest transformers that hovle-train takes knows it by its former name.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     model.config.use_cache = False
