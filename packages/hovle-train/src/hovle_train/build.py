@@ -168,5 +168,6 @@ def prepare_for_training(model: PreTrainedModel, config: ModelConfig) -> None:
     model.set_attn_implementation(config.attention)
     if config.activation_checkpointing:
         # The oldest transformers that hovle-train takes knows it by its former name.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        name = "activation_checkpointing_enable"
+        getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
     model.config.use_cache = False
