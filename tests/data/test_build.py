@@ -197,6 +197,33 @@ def test_too_many_bad_samples_stop_it_and_mended_ones_are_taken_up(data, tmp_pat
     assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
 
 
+@pytest.mark.parametrize("by_meta_file", [True, False])
+def test_rows_that_changed_meanwhile_are_built_anew(tmp_path, registry, by_meta_file):
+    """Mended, as the message advises, and changed elsewhere at the same time: nothing old may stay."""
+
+    def rows(answer, mended):
+        found = [
+            {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": f"{answer} {i}"}]}
+            for i in range(6)
+        ]
+        if not mended:
+            found[4]["conversations"][1]["value"] = ""
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+
+    (tmp_path / "meta.json").write_text(json.dumps({"rows": {"annotation": "rows.jsonl"}}))
+    path = tmp_path / ("meta.json" if by_meta_file else "rows.jsonl")
+    spec = BuildSpec.model_validate(
+        {"sources": [{"name": "internvl", "path": str(path)}], "samples_per_shard": 2, "max_bad_share": 0.0}
+    )
+    rows("old", mended=False)
+    with pytest.raises(TooManyBadSamples, match="start again"):
+        build(spec, open_sources(spec, registry), tmp_path / "out")
+    rows("new", mended=True)
+    build(spec, open_sources(spec, registry), tmp_path / "out")
+    answers = [sample.messages[1]["content"] for sample in ShardSource(tmp_path / "out")]
+    assert answers == [f"new {i}" for i in range(6)]
+
+
 def test_nothing_usable(tmp_path, registry):
     (tmp_path / "t.jsonl").write_text('{"text": " "}\n')
     spec = BuildSpec(sources=[SourceSpec(path=str(tmp_path / "t.jsonl"), name="text")], max_bad_share=1)

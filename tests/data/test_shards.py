@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hovle_data.index import ShardIndex, scan_shard
 from hovle_data.schema import BadSample, Sample
 from hovle_data.shards import ShardSource, write_shards
+from hovle_data.validate import validate
 
 
 def conversation(key: str, images: tuple[bytes, ...]) -> Sample:
@@ -422,6 +423,34 @@ def test_stale_index_is_noticed(tmp_path, pairs, texts):
     assert [s.key for s in ShardSource(tmp_path / "out")] == [s.key for s in texts(7)]  # other size: scanned
     (tmp_path / "new" / "shard-000000.tar").rename(tmp_path / "out" / "shard-000001.tar")
     assert len(ShardSource(tmp_path / "out")) == 14  # a tar the index does not know
+
+
+def test_samples_that_a_whole_tar_lacks_are_bad_by_name(tmp_path, texts):
+    """A tar cut between two samples and padded is sound in itself: only the index knows what is gone."""
+    write_shards(texts(3), tmp_path / "out")
+    tar = tmp_path / "out" / "shard-000000.tar"
+    tar.write_bytes(tar.read_bytes()[:2048] + bytes(10240))
+    source = ShardSource(tmp_path / "out")
+    assert source.problems == ["out/shard-000000.tar: lacks 1 samples that index.json names"]
+    good, bad = readable(source)
+    assert good == ["t0000", "t0001"]
+    assert [(error.key, error.reason) for error in bad] == [
+        ("t0002", "named by index.json, not in its shard")
+    ]
+
+
+def test_bytes_that_changed_are_noticed_where_all_are_read(tmp_path, texts):
+    write_shards(texts(3), tmp_path / "out")
+    tar = tmp_path / "out" / "shard-000000.tar"
+    assert list(ShardSource(tmp_path / "out").changed()) == []
+    whole = tar.read_bytes()
+    text = next(sample.text for sample in texts(3)).encode()
+    tar.write_bytes(whole.replace(text, text[::-1], 1))
+    (line,) = ShardSource(tmp_path / "out").changed()
+    assert line == "out/shard-000000.tar: changed since it was indexed: its SHA-256 is another"
+    assert line.partition(": ")[2] in [
+        problem.reason for problem in validate([ShardSource(tmp_path / "out")]).problems
+    ]
 
 
 def test_index_that_points_elsewhere_is_a_bad_sample(tmp_path, texts):

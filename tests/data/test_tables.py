@@ -65,6 +65,18 @@ def _odd(tmp_path):
     return tmp_path / "odd.parquet"
 
 
+@pytest.mark.parametrize("cell", [lambda p: p, lambda p: {"bytes": p, "path": None}, lambda p: [p]])
+def test_a_column_of_pictures_that_nobody_reads_is_refused(tmp_path, png, cell):
+    write_parquet(tmp_path / "t.parquet", {"jpg": [cell(png(1))], "caption": ["one"]})
+    with pytest.raises(
+        ValueError, match=r"column 'jpg' holds bytes .* columns={'caption': 'caption', 'image': 'jpg'}"
+    ):
+        ParquetSource(tmp_path / "t.parquet")
+    assert ParquetSource(tmp_path / "t.parquet", {"caption": "caption"})[0].images == ()
+    source = ParquetSource(tmp_path / "t.parquet", {"caption": "caption", "image": "jpg"})
+    assert source[0].images == (png(1),)
+
+
 def test_parquet_builds(tmp_path, png):
     write_parquet(tmp_path / "p.parquet", {"image": [png(i) for i in range(6)], "caption": ["c"] * 6})
     assert main(["data", "build", str(tmp_path / "p.parquet"), str(tmp_path / "out"), "--workers", "1"]) == 0

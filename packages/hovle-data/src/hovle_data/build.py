@@ -6,6 +6,7 @@ own rows only, so neither the number of workers nor a restart can change it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -112,8 +113,10 @@ def build_shard(job: Job, task: Task) -> dict[str, Any]:
     if marker.exists():
         content: dict[str, Any] = json.loads(marker.read_bytes())
         whole = not content["samples"] or (path.exists() and path.stat().st_size == content["bytes"])
-        if whole and not content["bad"]:  # a bad sample may have been mended since
+        unchanged = content["state"] == _state(job, task)
+        if whole and unchanged and not content["bad"]:  # a bad sample may have been mended since
             return {"rows": content["rows"], "bad": content["bad"]}
+    state = _state(job, task)  # before the rows are read: what changes meanwhile is then noticed
     bad: list[dict[str, str]] = []
     counts: dict[str, list[int]] = {"tokens": [], "tiles": []} if job.processor else {}
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -125,6 +128,7 @@ def build_shard(job: Job, task: Task) -> dict[str, Any]:
         path.unlink(missing_ok=True)
     content = {
         "rows": task.stop - task.start,
+        "state": state,
         "samples": len(info.records),
         "bytes": info.size,
         "sha256": info.sha256,
@@ -136,6 +140,14 @@ def build_shard(job: Job, task: Task) -> dict[str, Any]:
     unfinished.write_text(json.dumps(content, separators=(",", ":")))
     unfinished.replace(marker)
     return {"rows": content["rows"], "bad": bad}
+
+
+def _state(job: Job, task: Task) -> str:
+    """Changes with the rows of a shard, of sources that can tell; pictures in files beside them are not looked at."""
+    of_row = getattr(job.sources[task.source], "state", None)
+    if not callable(of_row):
+        return ""
+    return hashlib.sha256("".join(map(of_row, range(task.start, task.stop))).encode()).hexdigest()
 
 
 def place(source: Source, i: int) -> str:
@@ -236,11 +248,12 @@ def _write_ledger(path: Path, work_folder: Path, tasks: Sequence[Task]) -> None:
 
 
 def _fingerprint(spec: BuildSpec, sources: Sequence[Source]) -> dict[str, Any]:
-    """What decides the bytes, as far as a glance tells: settings, lengths, and the state of each path given."""
+    """What decides the bytes, as far as a glance tells: settings, lengths, and the state of each path given, if its
+    source does not know it row by row."""
     states = []
     for entry, source in zip(spec.sources, sources, strict=True):
         path = Path(entry.path)
-        known = not is_url(entry.path) and path.is_file()
+        known = not hasattr(source, "state") and not is_url(entry.path) and path.is_file()
         states.append([len(source), path.stat().st_size, path.stat().st_mtime_ns] if known else [len(source)])
     settings = spec.model_dump(mode="json", exclude={"max_bad_share"})
     return {"spec": settings, "sources": states}

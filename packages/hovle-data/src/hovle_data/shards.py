@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
 import shutil
 import tarfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from secrets import token_hex
@@ -228,13 +229,23 @@ class ShardSource:
         with self.folder.open(name) as opened:
             records, problem = scan_tar(opened, file.size)
         if problem is None:
-            return ShardInfo(name, file.size, "", records)
+            return ShardInfo(name, file.size, "", (*records, *self._lost(name, indexed, records)))
         self.problems.append(f"{self.name}/{name}: {problem}")
         if indexed is not None:  # the index still names what is lost
             return indexed
         if not any(record.problem for record in records):  # one record stands for what cannot be found
             records = (*records, Record("?", (), problem))
         return ShardInfo(name, file.size, "", records)
+
+    def _lost(self, name: str, indexed: ShardInfo | None, found: Sequence[Record]) -> list[Record]:
+        """What the index names and the tar, whole in itself, lacks: each is bad by name. A tar that shares nothing with
+        the index was put in its place."""
+        keys = {record.key for record in found}
+        missing = [] if indexed is None else [r.key for r in indexed.records if r.key not in keys]
+        if indexed is None or not missing or len(missing) == len(indexed.records):
+            return []
+        self.problems.append(f"{self.name}/{name}: lacks {len(missing)} samples that index.json names")
+        return [Record(key, (), "named by index.json, not in its shard") for key in missing]
 
     def _fits(self, indexed: ShardInfo, file: FileState, index_time: float) -> bool:
         """Whether the index describes the file: it has that size, and nobody touched it since, or its first and last
@@ -249,6 +260,19 @@ class ShardSource:
             if not _is_header(header, record.key, member.size):
                 return False
         return bool(len(indexed.records))
+
+    def changed(self) -> Iterator[str]:
+        """Reads all tars whose SHA-256 the index knows: a line for each whose bytes are others."""
+        for shard in self._shards:
+            if not shard.sha256:
+                continue
+            try:
+                with self.folder.open(shard.name) as opened:
+                    same = hashlib.file_digest(opened, "sha256").hexdigest() == shard.sha256
+            except OSError:
+                continue  # named already, as missing or by each of its samples
+            if not same:
+                yield f"{self.name}/{shard.name}: changed since it was indexed: its SHA-256 is another"
 
     def _read(self, shard: ShardInfo, record: Record, where: str) -> dict[str, bytes]:
         """The members of one record: one read from the first member's header to the last one's end."""

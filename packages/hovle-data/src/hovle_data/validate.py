@@ -61,7 +61,8 @@ def validate(sources: Sequence[Source], limits: Limits | None = None, workers: i
     for source in sources:
         length = _length(source)
         report.num_samples += length
-        report.problems += [BadSample("", *_split(problem)) for problem in getattr(source, "problems", ())]
+        of_files = [*getattr(source, "problems", ()), *getattr(source, "changed", tuple)()]
+        report.problems += [BadSample("", *_split(problem)) for problem in of_files]
         chunks = [range(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK)]
         results = work(_look, (source, limits), chunks, workers)
         names = []

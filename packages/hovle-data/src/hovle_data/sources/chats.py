@@ -51,6 +51,10 @@ class AnnotationSource:
     def where(self, i: int) -> str:
         return self.rows.where(i % self.num_unique)
 
+    def state(self, i: int) -> str:
+        """Changes with the row of sample i."""
+        return self.rows.state(i % self.num_unique)
+
     def __getitem__(self, i: int) -> Sample:
         if not 0 <= i < self._length:
             raise IndexError(f"sample {i} is outside 0..{self._length - 1}")
@@ -106,6 +110,11 @@ class InternVLSource:
     def where(self, i: int) -> str:
         part, j = self._locate(i)
         return self._parts[part].where(j)
+
+    def state(self, i: int) -> str:
+        """Changes with the row of sample i."""
+        part, j = self._locate(i)
+        return self._parts[part].state(j)
 
     def __getitem__(self, i: int) -> Sample:
         part, j = self._locate(i)

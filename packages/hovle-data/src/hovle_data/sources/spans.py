@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
 from bisect import bisect_right
@@ -57,6 +58,14 @@ class Spans:
 
     def where(self, i: int) -> str:
         return f"{self.file.path}:{self.line(i)}"
+
+    def state(self, i: int) -> str:
+        """A digest of piece i."""
+        if i >= len(self.starts):
+            return ""
+        with self.file.open() as file:
+            file.seek(self.starts[i])
+            return hashlib.blake2b(file.read(self.ends[i] - self.starts[i]), digest_size=16).hexdigest()
 
     def text(self, i: int, key: str) -> str:
         """Piece i. Raises `BadSample` where it is not UTF-8, or stands for what cannot be found."""

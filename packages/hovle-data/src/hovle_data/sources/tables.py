@@ -50,7 +50,7 @@ class ParquetSource:
         for name in names:
             file, first = LocalFile(name, storage_options), 0
             metadata, schema = _footer(file, parquet)
-            columns = _columns(columns, schema.names, name)
+            columns = _columns(columns, schema, name)
             for group in range(metadata.num_row_groups):
                 self.groups.append((file, group, first))
                 lengths.append(metadata.row_group(group).num_rows)
@@ -105,7 +105,7 @@ class DatasetsSource:
             table = table[split]
         self.name = name or self.folder.name
         self.path = str(path)
-        self.columns = _columns(columns, table.column_names, str(path))
+        self.columns = _columns(columns, table.features.arrow_schema, str(path))
         # arrow: rows as they are stored, pictures as their files' bytes
         self.table = table.select_columns(sorted(set(self.columns.values()))).with_format("arrow")
 
@@ -144,9 +144,16 @@ def _image(cell: Any, key: str, where: str, folder: Folder) -> bytes:
     return cell if isinstance(cell, bytes) else read_image(folder, cell, key, where)
 
 
-def _columns(given: Mapping[str, str] | None, present: list[str], where: str) -> dict[str, str]:
+def _columns(given: Mapping[str, str] | None, schema: Any, where: str) -> dict[str, str]:
+    present = list(schema.names)
     if given is None:
         found = {name: name for name in FIELDS if name in present}
+        files = [field.name for field in schema if field.name not in found and _holds_files(field.type)]
+        if found and files and not {"image", "images"} & found.keys():
+            raise ValueError(
+                f"{where}: column {files[0]!r} holds bytes and would not be read; if they are pictures say "
+                f"columns={ {**found, 'image': files[0]} }, and columns={found} if not"
+            )
         if not found:
             raise ValueError(
                 f"{where}: say which columns to read, columns={{'text': ...}}; there are {present}"
@@ -158,6 +165,16 @@ def _columns(given: Mapping[str, str] | None, present: list[str], where: str) ->
                 f"columns={{{ours!r}: {theirs!r}}} of {where}: keys are {', '.join(FIELDS)}; columns are {present}"
             )
     return dict(given)
+
+
+def _holds_files(kind: Any) -> bool:
+    """Whether cells of this Arrow type are bytes, {"bytes", ...} or lists of them."""
+    types = _optional("pyarrow", "parquet").types
+    if types.is_list(kind) or types.is_large_list(kind):
+        return _holds_files(kind.value_type)
+    if types.is_struct(kind):
+        return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
 def _footer(file: LocalFile, parquet: Any) -> tuple[Any, Any]:
