@@ -174,6 +174,7 @@ def test_core_keeps_its_names(site_packages) -> None:
             "cannot import 'fake_dist_bad_bad': ModuleNotFoundError.*not_there_at_all",
         ),
         ("raise SystemExit(3)", "cannot import 'fake_dist_bad_bad': SystemExit: 3"),
+        ("raise BaseException('a panic')", "cannot import 'fake_dist_bad_bad': BaseException: a panic"),
         ("def f(:", "cannot import.*SyntaxError"),
         ("@hookimpl\ndef hovle_teachers(): raise SystemExit(3)", "hovle_teachers failed: SystemExit: 3"),
         ("@hookimpl\nasync def hovle_on_log(run): pass", "hovle_on_log is async and would never be awaited"),

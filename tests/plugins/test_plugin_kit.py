@@ -134,8 +134,23 @@ def test_wrong_arguments_say_what_to_do(workshop, capsys) -> None:
     assert "does not provide 'other'" in error("test", "my-tokenizer", "--only", "other")
     assert "provides nothing that the suite tests" in error("test", "serve")
     assert "--option 'seed' must read KEY=VALUE" in error("test", "my-tokenizer", "--option", "seed")
+    for name in ("train", "core"):  # a module and a distribution of ours
+        assert f"hovle-{name} is installed already and would be replaced" in error("new", name, *out)
+    assert "would make a class None" in error("new", "none", *out)
+    workshop.new("my-dataset", "dataset")
+    capsys.readouterr()
+    assert "'my-dataset' needs path: give --option path=VALUE" in error("test", "my-dataset")
     with pytest.raises(SystemExit):
         main(["plugin", "new", "x", "--kind", "recipe"])
+
+
+def test_the_command_that_is_printed_for_a_dataset_passes(workshop, tmp_path, capfd) -> None:
+    package = workshop.new("my-dataset", "dataset")
+    assert "hovle plugin test my-dataset --option path=FILE" in (package / "README.md").read_text()
+    lines = tmp_path / "lines.txt"
+    lines.write_text("one\ntwo\nthree\n")
+    assert main(["plugin", "test", "my-dataset", "--option", f"path={lines}"]) == 0
+    assert re.search(r"\b9 passed, 0 failed", capfd.readouterr().out)
 
 
 def test_options_are_json_where_they_read_as_such() -> None:

@@ -150,6 +150,22 @@ def test_loading_gives_an_eval_model_with_sdpa(checkpoint, model):
     assert list(session.ask("hi")) == list(original.ask("hi"))
 
 
+def test_plugins_that_changed_since_training_are_named(checkpoint, tmp_path, caplog):
+    folder = tmp_path / "final"
+    shutil.copytree(checkpoint, folder)
+    load(str(folder))
+    assert "when the checkpoint was written" not in caplog.text
+    (folder / "hovle_run.json").write_text(
+        json.dumps({"plugins": {"core": "hovle-core 0.0.1", "gone": "gone 1.0"}})
+    )
+    load(str(folder))
+    assert "plugin 'core' was hovle-core 0.0.1 when the checkpoint was written" in caplog.text
+    assert "plugin 'gone' was gone 1.0 when the checkpoint was written and is not loaded now" in caplog.text
+    (folder / "hovle_run.json").write_text("[]")
+    with pytest.raises(ValueError, match="not what a run writes"):
+        load(str(folder))
+
+
 def test_a_released_checkpoint_with_a_processor_beside_it(tmp_path, processor):
     folder = tmp_path / "released"
     shutil.copytree(Path(__file__).parents[1] / "golden" / "hovle-tiny", folder)

@@ -91,7 +91,9 @@ def _build_parser(
     for name, provider in plugins.versions.items():
         try:
             plugins.call_one(name, "hovle_commands", cli=commands)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             if name == CORE:
                 raise
             message = f"plugin {name!r} of {provider}: hovle_commands failed: {type(error).__name__}: {error}"

@@ -109,12 +109,13 @@ def _add_plugin(cli: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def _new(args: argparse.Namespace) -> int:
-    from hovle_core.kit.new import write_package
+    from hovle_core.kit.new import fields_of, write_package
 
     written = write_package(args.name, args.kind, Path(args.out))
     folder = written[-1].parent
     print(f"wrote {folder}; start in {written[0]}")
-    print(f"  pip install -e '{folder}[test]' && hovle plugin test {folder.name.removeprefix('hovle-')}")
+    fields = fields_of(folder.name.removeprefix("hovle-"), args.kind.replace("-", "_"))
+    print(f"  pip install -e '{folder}[test]' && {fields['command']}")
     return 0
 
 

@@ -203,7 +203,9 @@ def _check_name(point: EntryPoint, found: list[EntryPoint]) -> None:
 def _import(point: EntryPoint) -> Any:
     try:
         return point.load()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also what is no Exception: SystemExit, a panic of Rust, pytest's skip
         raise PluginError(f"cannot import {point.value!r}: {type(error).__name__}: {error}") from error
 
 
@@ -283,7 +285,9 @@ def _specs(plugin: Any) -> list[tuple[str, Spec]]:
             continue
         try:
             specs = function()
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise PluginError(f"{attribute} failed: {type(error).__name__}: {error}") from error
         if not isinstance(specs, list):
             raise PluginError(f"{attribute} must return a list of Spec, it returned {type(specs).__name__}")

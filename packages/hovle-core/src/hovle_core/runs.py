@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 FINAL = "final"
 RECIPE_FILE = "recipe.yaml"
+#: In a checkpoint that a run of ours made: what made it.
+RUN_CARD = "hovle_run.json"
 #: The stages that leave a HoVLE behind, the last one first.
 STAGES = ("instruction_tuning", "alignment", "distillation")
 
@@ -27,6 +30,18 @@ def resolve_checkpoint(path: str) -> str:
     if (Path(path) / RECIPE_FILE).is_file():
         raise ValueError(f"run {path!r} has not finished: resume it with {_resume(Path(path))}")
     return path
+
+
+def plugins_of(checkpoint: str | Path) -> dict[str, str]:
+    """Plugin -> version, as the run that made a checkpoint wrote them beside it; empty where no run of ours did."""
+    card = Path(checkpoint) / RUN_CARD
+    try:
+        plugins = json.loads(card.read_bytes()).get("plugins", {})
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{card} is not what a run writes: {error}") from error
+    return {str(name): str(version) for name, version in dict(plugins).items()}
 
 
 def latest_checkpoint(path: str) -> str:

@@ -1,6 +1,7 @@
 """A conversation with a HoVLE in this process, and how one is loaded to be talked to."""
 
 import json
+import logging
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from transformers.utils.hub import cached_file
 from hovle_core.config import HovleConfig
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.official import RELEASED_MODEL_TYPE
+from hovle_core.plugins import load_plugins
 from hovle_core.processor import HovleProcessor
 from hovle_core.rendering import Message
-from hovle_core.runs import latest_checkpoint
+from hovle_core.runs import latest_checkpoint, plugins_of
 from hovle_serve.conversation import Conversation
 from hovle_serve.sampling import Sampling
 from hovle_serve.stream import max_answer_tokens, stream_answer
+
+logger = logging.getLogger(__name__)
 
 PROCESSOR_FILE = "processor_config.json"
 
@@ -59,11 +63,14 @@ def load(
 ) -> tuple[HovleForConditionalGeneration, HovleProcessor]:
     """Model (in eval mode) and processor of a checkpoint, a run, a folder of runs or a hub id.
 
+    Says which plugins are others than those that it was trained with.
     device: None picks cuda, mps or cpu. dtype: None is bfloat16 on a GPU that has it, else float32.
     Raises ValueError where there is nothing to talk to, saying why (see `hovle_core.runs.latest_checkpoint`).
     """
     checkpoint = latest_checkpoint(path)
     _check_is_hovle(checkpoint)
+    for change in load_plugins().changed_since(plugins_of(checkpoint)):
+        logger.warning("%s: %s", checkpoint, change)
     device = torch.device(pick_device() if device is None else device)
     if dtype is None:
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

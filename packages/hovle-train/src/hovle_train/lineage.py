@@ -2,16 +2,16 @@
 what a run started from is still what it was."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hovle_core import runs
 from hovle_core.registry import Registry
 from hovle_train.checkpoint import complete_checkpoints, read_state
 from hovle_train.config import Recipe, Source
-from hovle_train.runs import CHECKPOINTS, FINAL, RUN_CARD, is_finished, read_summary
+from hovle_train.runs import CHECKPOINTS, FINAL, is_finished, read_summary
 
 # What may change between starts of one run without changing what it computes.
 FREE_SECTIONS = ("resources", "observers", "run_dir", "language")
@@ -146,9 +146,7 @@ def plugins_of(parent: str | None) -> dict[str, str]:
     if parent is None:
         return {}
     folder = Path(parent) / FINAL if is_finished(parent) else Path(parent)
-    card = folder / RUN_CARD
-    plugins: dict[str, str] = json.loads(card.read_text())["plugins"] if card.is_file() else {}
-    return plugins
+    return runs.plugins_of(folder)
 
 
 def check_parent(recorded: str | None, now: str | None, recipe: Recipe, what: str) -> None:

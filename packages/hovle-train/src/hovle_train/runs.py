@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hovle_core.runs import FINAL, RECIPE_FILE, is_finished, resolve_checkpoint
+from hovle_core.runs import FINAL, RECIPE_FILE, RUN_CARD, is_finished, resolve_checkpoint
 
 __all__ = [
     "CHECKPOINTS",
@@ -34,8 +34,6 @@ PIPELINE_FILE = "pipeline.yaml"
 SUMMARY_FILE = "summary.json"
 # The average of the weights, where a recipe wants it beside them.
 FINAL_EMA = "final_ema"
-# The summary once more, inside the finished checkpoint: it goes wherever that goes.
-RUN_CARD = "hovle_run.json"
 # A few words on long work before the first step, for whoever follows the run.
 STATUS_FILE = "status.txt"
 

@@ -1,5 +1,6 @@
 """`hovle plugin test`: the conformance suite over what an installed plugin provides, and a plain report."""
 
+import inspect
 import json
 import os
 import sys
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import pytest
 
 _WIDTH = 100
+# Stages and token mixers are also given what only a run has.
+BUILT_FROM_OPTIONS = ("teacher", "backbone", "tokenizer", "dataset")
 
 
 def parse_options(given: Sequence[str]) -> dict[str, Any]:
@@ -78,7 +81,7 @@ def file_for(kind: str, spec: Spec, options: Mapping[str, Any]) -> str:
 def run(specs: Sequence[tuple[str, Spec]], options: Mapping[str, Any]) -> int:
     """Test each spec and print the report; 0 if all holds, 1 if something does not.
 
-    Raises ValueError where pytest is not installed.
+    Raises ValueError where pytest is not installed, and for a spec that lacks an argument, which `options` can give.
     """
     try:
         import pytest
@@ -86,6 +89,9 @@ def run(specs: Sequence[tuple[str, Spec]], options: Mapping[str, Any]) -> int:
         raise ValueError(
             "hovle plugin test runs pytest, which is not installed: pip install pytest"
         ) from None
+    for kind, spec in specs:
+        if kind in BUILT_FROM_OPTIONS:
+            _check_arguments(spec, options)
     failed = passed = 0
     with tempfile.TemporaryDirectory(prefix="hovle-plugin-test-") as folder:
         for number, (kind, spec) in enumerate(specs):
@@ -103,6 +109,25 @@ def run(specs: Sequence[tuple[str, Spec]], options: Mapping[str, Any]) -> int:
             failed, passed = failed + len(report.failed), passed + report.passed
     print(f"{passed} passed, {failed} failed")
     return 1 if failed or not passed else 0
+
+
+def _check_arguments(spec: Spec, options: Mapping[str, Any]) -> None:
+    """Raise ValueError naming the arguments that nobody gave and that have no default."""
+    try:
+        parameters = inspect.signature(spec.load()).parameters.values()
+    except (TypeError, ValueError):  # no signature to look at, or not importable, which the suite reports
+        return
+    needed = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and parameter.name not in {**spec.kwargs, **options}
+    ]
+    if needed:
+        raise ValueError(
+            f"{spec.name!r} needs {', '.join(needed)}: give {' '.join(f'--option {name}=VALUE' for name in needed)}"
+        )
 
 
 class Report:

@@ -1,7 +1,11 @@
 """`hovle plugin new`: a package that installs, is listed and passes its tests as written."""
 
+import keyword
 import re
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 
@@ -25,7 +29,7 @@ def write_package(name: str, kind: str, parent: Path) -> list[Path]:
     """Write the package of plugin `name` into `parent/hovle-<name>`; returns its files, the first to edit first.
 
     `kind` as people or as the registry write it (token-mixer, token_mixer).
-    Raises ValueError for a name that is none, and for a folder that is there already.
+    Raises ValueError for a name that is none or that an installed package has, and for a folder that is there already.
     """
     name, kind = name.removeprefix("hovle-"), kind.replace("-", "_")
     if not _NAME.fullmatch(name):
@@ -36,6 +40,7 @@ def write_package(name: str, kind: str, parent: Path) -> list[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already: choose another name, or another folder with --out")
     fields = fields_of(name, kind)
+    _check_free(name, fields)
     source = folder / "src" / fields["module"]
     written = {
         source / f"{kind}.py": f"{kind}.py",
@@ -51,6 +56,20 @@ def write_package(name: str, kind: str, parent: Path) -> list[Path]:
     return list(written)
 
 
+def _check_free(name: str, fields: dict[str, str]) -> None:
+    """Raise ValueError for a name whose package would hide an installed one, or whose class Python cannot spell."""
+    if keyword.iskeyword(fields["class_name"]):
+        raise ValueError(f"NAME {name!r} would make a class {fields['class_name']}: choose another name")
+    taken = find_spec(fields["module"]) is not None
+    with suppress(PackageNotFoundError):
+        distribution(f"hovle-{name}")
+        taken = True
+    if taken:
+        raise ValueError(
+            f"hovle-{name} is installed already and would be replaced: choose another name, or uninstall it first"
+        )
+
+
 def fields_of(name: str, kind: str) -> dict[str, str]:
     """What the templates' `$fields` stand for."""
     words = name.split("-")
@@ -64,6 +83,7 @@ def fields_of(name: str, kind: str) -> dict[str, str]:
         "summary": f"The {spelt(kind)} {name} for HoVLE.",
         "dependencies": dependencies,
         "options": "",
+        "command": f"hovle plugin test {name}" + (" --option path=FILE" if kind == "dataset" else ""),
     }
 
 
