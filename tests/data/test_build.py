@@ -224,6 +224,18 @@ def test_rows_that_changed_meanwhile_are_built_anew(tmp_path, registry, by_meta_
     assert answers == [f"new {i}" for i in range(6)]
 
 
+def test_a_bad_row_that_is_repeated_is_named_once(tmp_path, registry):
+    rows = [{"text": "good"}, {"text": ""}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "meta.json").write_text(json.dumps({"rows": {"annotation": "rows.jsonl", "repeat_time": 3}}))
+    source = {"name": "internvl", "path": str(tmp_path / "meta.json")}
+    spec = BuildSpec.model_validate({"sources": [source], "max_bad_share": 1.0})
+    build(spec, open_sources(spec, registry), tmp_path / "out")
+    (line,) = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "empty text"
+    assert len(ShardSource(tmp_path / "out")) == 3
+
+
 def test_nothing_usable(tmp_path, registry):
     (tmp_path / "t.jsonl").write_text('{"text": " "}\n')
     spec = BuildSpec(sources=[SourceSpec(path=str(tmp_path / "t.jsonl"), name="text")], max_bad_share=1)

@@ -12,6 +12,8 @@ from hovle_data import inspect, sheet
 from hovle_data.checks import encode, problems
 from hovle_data.schema import Sample
 from hovle_data.shards import ShardSource, write_shards
+from hovle_data.sources.chats import AnnotationSource, InternVLSource
+from hovle_data.validate import validate
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
 Q, A = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -42,7 +44,8 @@ def planted(tmp_path, png, encode_image_file):
         ({"id": 13, "conversations": [{**human, "value": "hi"}]}, ["no answer"]),
         ({"id": 14, "conversations": [gpt, {**human, "value": "hi"}]}, ["answer before any question"]),
         (b"{", ["bad json"]),
-        ({"id": 16, "image": "gone.png", "conversations": [human, {**gpt, "value": ""}]}, ["missing image"]),
+        ({"id": 16, "image": "gone.png", "conversations": [human, {**gpt, "value": ""}]},
+         ["missing image", "empty answer"]),
         ({"id": 17, "conversations": [{**human, "value": "last"}, gpt]}, []),
     ]  # fmt: skip
     rows[5] = (rows[5][0], ["image tags and images differ", "no answer", "two turns of one role"])
@@ -74,7 +77,7 @@ def test_text_output_and_a_sound_file(planted, tmp_path, capsys):
     path, _ = planted
     assert main(["data", "validate", str(path), "--workers", "1"]) == 1
     out = capsys.readouterr().out
-    assert f"{path}:2: 00000001: missing image: gone.png" in out
+    assert f"{path}:2: rows-00000001: missing image: gone.png" in out
     assert "17 samples, 15 with problems" in out
     assert "  2 missing image" in out
     good = tmp_path / "good.jsonl"
@@ -228,3 +231,33 @@ def test_histogram_counts_everything():
     assert sum(map(int, bars)) == 101
     assert "and more" in sheet.histogram("lengths", [*range(100), 10_000])
     assert re.findall(r"<title>(\d+)</title>", sheet.histogram("same", [4, 4, 4])) == ["3", "0"]
+
+
+def test_a_row_without_its_pictures_is_told_all_that_is_wrong_with_it(tmp_path):
+    rows = [
+        {
+            "image": ["gone.png", "lost.png"],
+            "conversations": [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": ""}],
+        }
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = InternVLSource(tmp_path / "rows.jsonl")
+    found = validate([source]).problems
+    assert {problem.source for problem in found} == {f"{tmp_path}/rows.jsonl:1"}
+    assert {problem.key for problem in found} == {"rows-00000000"}  # as the good rows' keys
+    assert [problem.reason for problem in found] == [
+        f"missing image: gone.png is not in {tmp_path}",
+        f"missing image: lost.png is not in {tmp_path}",
+        "image tags and images differ: 1 tags, 2 images",
+        "empty answer: number 1",
+    ]
+
+
+def test_rows_that_share_a_line_are_told_apart(tmp_path):
+    rows = [{"text": ""}, {"text": "fine"}, {"text": ""}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    places = [problem.source for problem in validate([AnnotationSource(tmp_path / "rows.json")]).problems]
+    assert places == [f"{tmp_path}/rows.json:1 row 0", f"{tmp_path}/rows.json:1 row 2"]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
+    places = [problem.source for problem in validate([AnnotationSource(tmp_path / "rows.json")]).problems]
+    assert places == [f"{tmp_path}/rows.json:{line}" for line in (2, 8)]

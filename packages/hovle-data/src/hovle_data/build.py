@@ -236,6 +236,7 @@ def _finished(work_folder: Path, name: str) -> ShardInfo | None:
 
 
 def _write_ledger(path: Path, work_folder: Path, tasks: Sequence[Task]) -> None:
+    written: set[str] = set()  # rows that are repeated are bad as often, and named once
     with path.open("w", encoding="utf-8") as file:
         for task in tasks:
             for bad in json.loads(_marker(work_folder, task.name).read_bytes())["bad"]:
@@ -244,7 +245,10 @@ def _write_ledger(path: Path, work_folder: Path, tasks: Sequence[Task]) -> None:
                     "key": bad["key"],
                     "reason": bad["reason"],
                 }  # as `Ledger` does
-                file.write(json.dumps(named) + "\n")
+                line = json.dumps(named) + "\n"
+                if line not in written:
+                    file.write(line)
+                written.add(line)
 
 
 def _fingerprint(spec: BuildSpec, sources: Sequence[Source]) -> dict[str, Any]:

@@ -18,13 +18,15 @@ class BadSample(ValueError):
 
     reason: what is wrong, as "category" or "category: details". The ledger counts categories, so details that
     differ from record to record (numbers, names) belong after the first colon.
+    further: what else is wrong with it, which `hovle data validate` tells, too.
     """
 
-    def __init__(self, key: str, source: str, reason: str) -> None:
-        super().__init__(key, source, reason)  # all three, so that it pickles
+    def __init__(self, key: str, source: str, reason: str, further: tuple[str, ...] = ()) -> None:
+        super().__init__(key, source, reason, further)  # all of them, so that it pickles
         self.key = key
         self.source = source
         self.reason = reason
+        self.further = further
 
     @property
     def category(self) -> str:

@@ -83,7 +83,9 @@ def _look(shared: tuple[Source, Limits], rows: range) -> tuple[int, list[BadSamp
         try:
             sample = read_row(source, i)
         except BadSample as bad:
-            found.append(BadSample(bad.key, bad.source or where, bad.reason))
+            found += [
+                BadSample(bad.key, bad.source or where, reason) for reason in (bad.reason, *bad.further)
+            ]
             continue
         hashes[n] = hash64("id", _id(sample)) or 1
         reasons = list(checks.problems(sample, limits.check_images)) or list(_refusals(sample, limits))

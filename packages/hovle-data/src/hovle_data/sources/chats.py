@@ -9,10 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hovle_data import checks
 from hovle_data.schema import BadSample, Sample
 from hovle_data.sources.rows import parse_row
 from hovle_data.sources.spans import Chained, Spans, scan_json_list, scan_lines
 from hovle_data.storage import Folder, LocalFile, is_url, open_folder
+
+STAND_IN = b"\x89PNG\r\n\x1a\n"  # for a picture that cannot be had, while the rest of its row is looked at
 
 
 class AnnotationSource:
@@ -66,9 +69,19 @@ class AnnotationSource:
         except (ValueError, RecursionError) as error:
             raise BadSample(key, where, f"bad json: {error}") from error
         row = parse_row(content, key, where)
-        images = tuple(read_image(self.root, name, key, where) for name in row.images or ())
+        images, faults = [], []
+        for name in row.images or ():
+            try:
+                images.append(read_image(self.root, name, key, where))
+            except BadSample as bad:
+                images.append(STAND_IN)
+                faults.append(bad.reason)
         meta = {} if row.id is None else {"id": row.id}
-        return Sample(key, images, row.text, row.messages, meta)
+        sample = Sample(key, tuple(images), row.text, row.messages, meta)
+        if faults:  # whoever mends the row wants to hear all of it at once
+            rest = [reason for reason in checks.problems(sample, decode=False) if reason not in faults]
+            raise BadSample(key, where, faults[0], (*faults[1:], *rest))
+        return sample
 
 
 class InternVLSource:
@@ -118,7 +131,11 @@ class InternVLSource:
 
     def __getitem__(self, i: int) -> Sample:
         part, j = self._locate(i)
-        sample = self._parts[part][j]
+        try:
+            sample = self._parts[part][j]
+        except BadSample as bad:  # rows are numbered within a set
+            key = f"{self._keys[part]}-{bad.key}"
+            raise BadSample(key, bad.source, bad.reason, bad.further) from bad
         # ids are unique within a set only
         meta = {**sample.meta, "set": self._names[part]} if len(self._names) > 1 else sample.meta
         return replace(sample, key=f"{self._keys[part]}-{sample.key}", meta=meta)

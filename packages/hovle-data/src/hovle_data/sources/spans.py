@@ -57,7 +57,9 @@ class Spans:
         return self.lines[i]
 
     def where(self, i: int) -> str:
-        return f"{self.file.path}:{self.line(i)}"
+        """File and line, and which piece where several share the line."""
+        line, near = self.line(i), self.lines[max(0, i - 1) : min(i + 2, len(self.starts))]
+        return f"{self.file.path}:{line}" + (f" row {i}" if near.count(line) > 1 else "")
 
     def state(self, i: int) -> str:
         """A digest of piece i."""
