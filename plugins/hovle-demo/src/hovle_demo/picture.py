@@ -53,7 +53,7 @@ def _render(_: None, drawing: tuple[str, Path]) -> Picture:
 
 
 def render_picture(key: str, svg: Path) -> Picture:
-    """One of them."""
+    """An SVG file on white, as a PNG of `RENDER_SIZE` pixels square."""
     # dpi: sizes in points fail without it. background: transparent pixels would come out black.
     data = resvg_py.svg_to_bytes(
         svg_path=str(svg),
