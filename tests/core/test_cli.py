@@ -20,6 +20,9 @@ COMMAND = """
         what = args.what
         if what == "value": raise ValueError("lr: -1 is negative; give a positive number")
         if what == "file": open("/no/such/file.yaml")
+        if what == "folder": open("/")
+        if what == "below": open("/etc/passwd/x")
+        if what == "closed": raise PermissionError(13, "Permission denied", "/closed")
         if what == "interrupt": raise KeyboardInterrupt
         if what == "bug": raise RuntimeError("a bug")
         if what == "plugins": print(sorted(args.plugins.versions))
@@ -120,6 +123,9 @@ def test_no_command_shows_help(probe, capsys) -> None:
     [
         ("value", "hovle: error: lr: -1 is negative; give a positive number\n"),
         ("file", "hovle: error: No such file or directory: /no/such/file.yaml\n"),
+        ("folder", "hovle: error: Is a directory: /\n"),
+        ("below", "hovle: error: Not a directory: /etc/passwd/x\n"),
+        ("closed", "hovle: error: Permission denied: /closed\n"),
     ],
 )
 def test_a_users_mistake_is_one_line(probe, capsys, monkeypatch, what: str, line: str) -> None:

@@ -87,3 +87,26 @@ def test_only_jpegs_are_scaled_and_headers_are_checked(tmp_path):
         image_size(data, max_pixels=100)
     with pytest.raises(ImageError, match="not a known image format"):
         image_size(b"no picture")
+
+
+MODES = ["1", "L", "P", "RGB", "RGBA", "LA", "La", "RGBa", "CMYK", "YCbCr", "I;16", "I"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "transparency"), [*((mode, None) for mode in MODES), ("L", 7), ("P", 7), ("I;16", 7)]
+)
+def test_a_large_picture_is_converted_in_strips_as_it_would_be_whole(monkeypatch, mode, transparency):
+    rng = np.random.default_rng(0)
+    colors = {"1": "L", "P": "RGB", "La": "LA", "RGBa": "RGBA", "I": "I;16"}.get(mode, mode)
+    if colors == "I;16":
+        picture = Image.fromarray(rng.integers(0, 2**16, (37, 23), dtype=np.uint16))
+    else:
+        values = rng.integers(0, 256, (37, 23 * len(Image.new(colors, (1, 1)).getbands())), dtype=np.uint8)
+        picture = Image.frombytes(colors, (23, 37), values.tobytes())
+    picture = picture if picture.mode == mode else picture.convert(mode)
+    if transparency is not None:
+        picture.info["transparency"] = transparency
+    whole = images.to_rgb(picture)
+    monkeypatch.setattr(images, "STRIP_PIXELS", 23 * 5)
+    assert whole.mode == "RGB"
+    assert images.to_rgb(picture).tobytes() == whole.tobytes()

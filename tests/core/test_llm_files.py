@@ -87,6 +87,24 @@ def test_a_tensor_that_an_internlm2_lacks_is_named(internlm2, tmp_path):
         TransformersBackbone(str(tmp_path)).model()
 
 
+def test_a_path_without_an_llm_is_named_in_one_line(llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for path in ("/nowhere", "no-one/nothing-of-the-kind"):
+        for call in (TransformersBackbone(path).config, TransformersBackbone(path).model):
+            with pytest.raises(ValueError, match=f"model.backbone path '{path}' is no folder or hub id"):
+                call()
+    llama.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="that can be loaded: .*") as raised:
+        TransformersBackbone(str(tmp_path)).model()
+    assert "\n" not in str(raised.value)
+    weights.unlink()
+    with pytest.raises(ValueError, match="that can be loaded: .*model.safetensors"):
+        TransformersBackbone(str(tmp_path)).model()
+
+
 def test_a_gguf_file_that_is_not_there():
     with pytest.raises(ValueError, match="'nowhere/llm.gguf' does not exist"):
         TransformersBackbone("nowhere/llm.gguf")

@@ -1,9 +1,12 @@
 """The default backbone and tokenizers: whatever transformers can load from a hub id or a folder, and GGUF, InternLM2
 and tiktoken files besides."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -40,7 +43,8 @@ class TransformersBackbone(LLMBackbone):
         seed: seeds those weights, and the embeddings of tokens that the folder's weights lack.
         overrides: config fields to replace, with `from_config` only.
 
-    Raises ValueError where the folder has no config, naming it.
+    Raises ValueError where the folder has no config, naming it; so do `config()`, `tokenizer()` and `model()` where
+    there is no such folder or hub id, or where its files are missing or damaged.
     """
 
     def __init__(self, path: str, from_config: bool = False, seed: int = 0, overrides: dict | None = None):
@@ -56,40 +60,50 @@ class TransformersBackbone(LLMBackbone):
         self.path, self.from_config, self.seed, self.overrides = path, from_config, seed, overrides or {}
 
     def config(self) -> PreTrainedConfig:
-        if self.gguf is not None:
-            config = gguf_config(self.gguf)
-        elif self.path in PUBLISHED_INTERNLM2:
-            config = llm_config_from_released({**PUBLISHED_INTERNLM2[self.path], "model_type": INTERNLM2})
-        elif _is_internlm2(self.path):
-            config = internlm2_config(local_folder(self.path, weights=False))
-        else:
-            config = AutoConfig.from_pretrained(self.path)
+        with self._named():
+            config = self._config()
         for name, value in self.overrides.items():
             setattr(config, name, value)
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = _tokenizer(self.path)
+        with self._named():
+            tokenizer = _tokenizer(self.path)
         add_image_tokens(tokenizer)
         return tokenizer
 
     def model(self) -> PreTrainedModel:
-        if self.from_config:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
-                model = AutoModelForCausalLM.from_config(self.config(), dtype=torch.float32)
-        elif self.gguf is not None:
-            model = gguf_model(self.gguf)
-        elif _is_internlm2(self.path):
-            model = internlm2_model(local_folder(self.path, weights=True))
-        else:
-            model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32, use_safetensors=True)
+        with self._named():
+            model = self._model()
         size = len(self.tokenizer())
         if model.get_input_embeddings().weight.shape[0] < size:
             with torch.random.fork_rng(devices=[]):  # the new rows are drawn around the mean of the old ones
                 torch.manual_seed(self.seed)
                 model.resize_token_embeddings(size)
         return model
+
+    def _config(self) -> PreTrainedConfig:
+        if self.gguf is not None:
+            return gguf_config(self.gguf)
+        if self.path in PUBLISHED_INTERNLM2:
+            return llm_config_from_released({**PUBLISHED_INTERNLM2[self.path], "model_type": INTERNLM2})
+        if _is_internlm2(self.path):
+            return internlm2_config(local_folder(self.path, weights=False))
+        return AutoConfig.from_pretrained(self.path)
+
+    def _model(self) -> PreTrainedModel:
+        if self.from_config:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                return AutoModelForCausalLM.from_config(self.config(), dtype=torch.float32)
+        if self.gguf is not None:
+            return gguf_model(self.gguf)
+        if _is_internlm2(self.path):
+            return internlm2_model(local_folder(self.path, weights=True))
+        return AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32, use_safetensors=True)
+
+    def _named(self) -> AbstractContextManager[None]:
+        return name_what_fails(f"model.backbone path {self.path!r}")
 
 
 class TransformersTokenizer(TokenizerProvider):
@@ -147,6 +161,18 @@ class TiktokenTokenizer(TokenizerProvider):
         tokenizer.chat_template = self.chat_template
         add_image_tokens(tokenizer)
         return tokenizer
+
+
+@contextmanager
+def name_what_fails(setting: str) -> Iterator[None]:
+    """Raise ValueError naming `setting` where transformers finds no model, no weights, or damaged ones within."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) is not None:  # the machine's own, such as a full disk
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{setting} is no folder or hub id that can be loaded: {reason}") from error
 
 
 def _gguf_file(path: str) -> Path | None:

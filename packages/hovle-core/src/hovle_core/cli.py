@@ -20,6 +20,10 @@ _EPILOG = """environment:
 """
 
 
+# A path on the command line or in a file that is not what it should be.
+_PATH_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``hovle`` with ``argv`` (default: the command line) and return the exit code.
 
@@ -39,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # "hovle ... | head": the reader left, and that is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, *_PATH_ERRORS) as error:
         if debug:
             traceback.print_exc()
         print(f"hovle: error: {_message(error)}", file=sys.stderr)
@@ -118,8 +122,8 @@ def _versions(plugins: HovlePlugins) -> str:
     return "\n".join([*lines, ", ".join(runtime)])
 
 
-def _message(error: ValueError | FileNotFoundError) -> str:
-    if isinstance(error, FileNotFoundError) and error.filename is not None:
+def _message(error: ValueError | OSError) -> str:
+    if isinstance(error, _PATH_ERRORS) and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
     return str(error) or type(error).__name__
 

@@ -31,7 +31,8 @@ class HolisticEmbeddingConfig(PreTrainedConfig):
     text and the LLM stay causal. `token_mixer` names what mixes tokens in the blocks, `attention` or a plugin's, and
     `token_mixer_options` its settings.
 
-    Raises ValueError for an unknown choice, and when the sizes cannot fit together (heads, patches, shuffle).
+    Raises ValueError for an unknown choice, a negative number of layers, and when the sizes cannot fit together (heads,
+    patches, shuffle).
     """
 
     model_type = "holistic_embedding"
@@ -83,6 +84,8 @@ class HolisticEmbeddingConfig(PreTrainedConfig):
                 f"mask_type {self.mask_type!r} is for token_mixer {ATTENTION!r}: token mixers such as "
                 f"{self.token_mixer!r} are causal; leave mask_type out"
             )
+        if self.num_hidden_layers < 0:
+            raise ValueError(f"num_hidden_layers must not be negative, got {self.num_hidden_layers}")
         if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must divide by num_attention_heads {self.num_attention_heads}, "

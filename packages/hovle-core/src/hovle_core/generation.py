@@ -13,7 +13,7 @@ from transformers.masking_utils import create_causal_mask
 
 from hovle_core.cache import check_room, is_padded
 from hovle_core.config import HovleConfig
-from hovle_core.fusion import Expansion, after_cache, expand_placeholders, text_step
+from hovle_core.fusion import Expansion, after_cache, check_placeholders, expand_placeholders, text_step
 from hovle_core.holistic_embedding import HolisticEmbedding
 
 
@@ -187,6 +187,8 @@ class HovleGenerationMixin(GenerationMixin):
             prompt = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else input_ids
             assert prompt is not None
             tiles = self._is_image(prompt).sum(1) // self.config.embedding_config.tokens_per_tile
+            placeholders = int(self._is_image(prompt).sum())
+            check_placeholders(placeholders, len(pixel_values), self.config.embedding_config.tokens_per_tile)
             rows = pixel_values.split(tiles.tolist())
             pixel_values = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in rows])
         input_ids, kwargs = super()._expand_inputs_for_generation(

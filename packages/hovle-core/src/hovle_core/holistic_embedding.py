@@ -88,7 +88,15 @@ class HolisticEmbedding(PreTrainedModel):
             weight.mul_(factor)
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """Tiles -> tokens as the blocks read them: `[N, P, D]`, or `[N, P · s², D]` for HoVLE-HD."""
+        """Tiles -> tokens as the blocks read them: `[N, P, D]`, or `[N, P · s², D]` for HoVLE-HD.
+
+        Raises ValueError for tiles of another shape than the config's.
+        """
+        tile = (self.config.num_channels, self.config.image_size, self.config.image_size)
+        if tuple(pixel_values.shape[1:]) != tile:
+            raise ValueError(
+                f"pixel_values must be tiles [N, {', '.join(map(str, tile))}], got {list(pixel_values.shape)}"
+            )
         patches = self.patch_embed(pixel_values)
         return patches if self.config.pixel_shuffle_loc == "post" else self.pixel_shuffle_proj(patches)
 

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from hovle_core.config import IMAGENET_MEAN, IMAGENET_STD, HovleConfig
-from hovle_core.images import decode_image, image_size
+from hovle_core.images import decode_image, image_size, to_rgb
 from hovle_core.patch_embed import normalize_pixels
 from hovle_core.resize import resize_close, resize_exact
 
@@ -105,7 +105,9 @@ class HovleImageProcessor(BaseImageProcessor):
 
         In memory each channel lies by itself, as models want it: `transpose(0, 3, 1, 2)` is contiguous.
         """
-        if image.mode != "RGB":
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = to_rgb(image)  # Pillow would clip them at 255
+        elif image.mode != "RGB":
             image = image.convert("RGB")
         columns, rows = grid or self.grid(*image.size)
         size, count = self.tile_size, columns * rows

@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 # neither.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_PIXELS = 89_000_000  # of one picture; about Pillow's own warning limit
+STRIP_PIXELS = 2**21  # converted at a time
 MAX_FILE_BYTES = 256 * 2**20  # of one file; the largest picture above, uncompressed
 
 
@@ -39,7 +40,7 @@ def decode_image(
             image.draft(None, at_least[::-1] if _lies_on_its_side(image) else at_least)
         image.load()  # of an animation this is the first frame
         ImageOps.exif_transpose(image, in_place=True)
-        return _flatten(image)
+        return to_rgb(image)
 
 
 def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -64,7 +65,8 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise ImageError(f"not a known image format: starts with {data[:8]!r}") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"image too large: {error}") from error
+        most = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+        raise ImageError(f"image too large: more than max_pixels {most}") from error
     except (
         Exception
     ) as error:  # on hostile bytes a decoder raises anything: OSError, SyntaxError, struct.error, ...
@@ -97,8 +99,25 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _flatten(image: Image.Image) -> Image.Image:
-    """Any Pillow mode -> RGB, transparent pixels on white."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode -> RGB, transparent pixels on white; in strips, since some ways need many copies.
+
+    Raises ValueError for modes whose pixels have no defined range.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    width, height = image.size
+    rows = max(1, STRIP_PIXELS // width)
+    if rows >= height:
+        return _strip_to_rgb(image)
+    out = Image.new("RGB", image.size)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        out.paste(_strip_to_rgb(strip), (0, top))
+    return out
+
+
+def _strip_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return _from_16_bit(image)
     if image.mode == "F":
@@ -109,7 +128,7 @@ def _flatten(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # convert copies even where nothing changes
+    return image.convert("RGB")
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:

@@ -118,15 +118,19 @@ class HovleForConditionalGeneration(PreTrainedModel, HovleGenerationMixin):
             return super().from_pretrained(None, *args, config=config, **kwargs)
         hub = {argument: kwargs.pop(argument) for argument in HUB_ARGUMENTS if argument in kwargs}
         folder = local_folder(name, weights=True, **hub)
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["output_loading_info"] = True
+        loaded: Any  # with the info, which transformers does not declare
         if is_released(folder):
             config = config or read_released_config(folder)
             state_dict = load_released(folder, config)
             loaded = super().from_pretrained(None, *args, config=config, state_dict=state_dict, **kwargs)
         else:
             loaded = super().from_pretrained(folder, *args, config=config, use_safetensors=True, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info
+        model, info = loaded
+        _check_whole(str(name), info)
         model.name_or_path = model.config.name_or_path = str(name)  # the hub id, not the cache's folder
-        return loaded
+        return loaded if wants_info else model
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding.embed_tokens
@@ -240,6 +244,20 @@ class HovleForConditionalGeneration(PreTrainedModel, HovleGenerationMixin):
         outputs = self.language_model(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         outputs.past_key_values = past_key_values  # the whole cache, not the LLM's view of it
         return outputs
+
+
+def _check_whole(name: str, info: dict[str, Any]) -> None:
+    """Raise ValueError naming a tensor that a checkpoint lacks or has too many: transformers draws it at random, or
+    leaves it out, and only logs it."""
+    for what, key in (
+        ("lacks", "missing_keys"),
+        ("has, and its config has no place for,", "unexpected_keys"),
+    ):
+        if found := sorted(info[key]):
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise ValueError(
+                f"{name} {what} the tensor {found[0]}{more}: config and weights do not fit each other"
+            )
 
 
 AutoModel.register(HovleConfig, HovleForConditionalGeneration, exist_ok=True)

@@ -304,6 +304,11 @@ def _flat(images: Any) -> list[Image.Image]:
     """One picture, a list of them, or a list a text, as transformers' pipelines hand them over."""
     if images is None or isinstance(images, Image.Image):
         return [] if images is None else [images]
+    if not isinstance(images, list | tuple):
+        raise ValueError(
+            f"images must be PIL images, or lists of them, got {type(images).__name__}: open files with "
+            "PIL.Image.open, make arrays pictures with PIL.Image.fromarray"
+        )
     return [picture for part in images for picture in _flat(part)]
 
 

@@ -74,21 +74,33 @@ class Rendering:
         self.nonce = secrets.token_hex(8)
         self.image_mark, self.literal_mark = f"[[picture {self.nonce}]]", f"[[literal {self.nonce} %d]]"
         self.literals: list[str] = []
-        self.messages = [{**message, "content": self._content(message["content"])} for message in messages]
+        self.messages = [self._escaped(i, message) for i, message in enumerate(messages)]
+
+    def _escaped(self, i: int, message: Message) -> Message:
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not isinstance(content, str | list | tuple):
+            raise ValueError(
+                f"message {i} needs a role, and as its content a string or a list of parts, got role {role!r} and "
+                f"content of type {type(content).__name__}"
+            )
+        return {**message, "role": self._text(role), "content": self._content(content)}
 
     def _content(self, content: str | Sequence[Mapping[str, Any]]) -> str:
         if isinstance(content, str):
             return self._text(content)
         out = []
         for part in content:
-            if part["type"] == "image":
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind == "image":
                 self.num_images += 1
                 out.append(self.image_mark)
-            elif part["type"] == "text":
+            elif kind == "text" and isinstance(part.get("text"), str):
                 out.append(self._text(part["text"]))
             else:
+                given = f"type {kind!r}" if isinstance(part, Mapping) else repr(part)
                 raise ValueError(
-                    f"content part type {part['type']!r} is not known; known are 'image' and 'text'"
+                    f"content part {given} is not known; known are {{'type': 'image'}} and "
+                    "{'type': 'text', 'text': ...}"
                 )
         return "\n".join(out)
 

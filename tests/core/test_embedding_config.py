@@ -1,0 +1,11 @@
+"""Sizes that no embedding has are refused where its config is made."""
+
+import pytest
+
+from hovle_core.config import HolisticEmbeddingConfig
+
+
+def test_a_negative_number_of_layers_is_refused():
+    with pytest.raises(ValueError, match="num_hidden_layers must not be negative, got -2"):
+        HolisticEmbeddingConfig(num_hidden_layers=-2)
+    assert HolisticEmbeddingConfig(num_hidden_layers=0).num_hidden_layers == 0  # no blocks: a baseline
