@@ -7,6 +7,7 @@ import pytest
 from hovle_serve import access
 from hovle_serve.access import Access, KeyLimits
 from hovle_serve.protocol import RequestError
+from hovle_serve.serving import read_api_keys
 
 
 class Clock:
@@ -57,7 +58,7 @@ def test_a_keys_requests_in_flight_are_counted_until_their_answers_end(serve):
             break
         done.wait(0.02)
     assert answer.status_code == 200
-    assert [post("a", tools=[]).status_code for _ in range(3)] == [400] * 3  # errors give theirs back too
+    assert [post("a", colour=1).status_code for _ in range(3)] == [400] * 3  # errors give theirs back too
     assert post("a").status_code == 200
 
 
@@ -65,3 +66,15 @@ def test_without_keys_there_are_no_limits():
     gate = Access((), KeyLimits(max_in_flight=1, max_requests_per_minute=1))
     for _ in range(3):
         gate.enter(gate.authorize(""))
+
+
+def test_a_key_file_of_another_editor_and_what_is_none(tmp_path):
+    (file := tmp_path / "keys").write_bytes("\ufeffa\r\nb\r\n".encode())
+    assert read_api_keys(str(file)) == ["a", "b"]
+    for contents, message in (("a".encode("utf-16"), "is not UTF-8"), (b"# none\n", "holds no key")):
+        file.write_bytes(contents)
+        with pytest.raises(ValueError, match=message):
+            read_api_keys(str(file))
+    for path, message in ((tmp_path, "Is a directory"), (tmp_path / "none", "No such file or directory")):
+        with pytest.raises(ValueError, match=f"^api_key_file '[^\n]*' cannot be read: {message}$"):
+            read_api_keys(str(path))

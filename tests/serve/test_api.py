@@ -83,6 +83,31 @@ def test_the_openai_client_hears_what_hovle_chat_says(serve, model, processor):
         {"role": "user", "content": "and now?"},
     ]  # the client's own object goes back in
     assert ask(client, messages).choices[0].message.content == expected[1]
+    messages[-2] = choice.message.model_dump()  # null wherever OpenAI's have something
+    assert ask(client, messages).choices[0].message.content == expected[1]
+
+
+def test_openais_other_fields_are_taken_where_they_ask_for_nothing(serve):
+    client = serve().client()
+    expected = ask(client).choices[0].message.content
+    null = dict.fromkeys((
+        "audio", "function_call", "functions", "logit_bias", "metadata", "modalities", "moderation",
+        "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+        "reasoning_effort", "response_format", "safety_identifier", "service_tier", "store", "tool_choice", "tools",
+        "verbosity", "web_search_options", "frequency_penalty", "presence_penalty", "user", "stop", "n",
+    ))  # fmt: skip
+    default = {
+        "function_call": "none", "functions": [], "logit_bias": {}, "metadata": {}, "modalities": ["text"],
+        "parallel_tool_calls": True, "prompt_cache_key": "a", "response_format": {"type": "text"},
+        "safety_identifier": "a", "service_tier": "auto", "store": False, "tool_choice": "auto", "tools": [],
+    }  # fmt: skip
+    for fields in (null, default):
+        assert ask(client, extra_body=fields).choices[0].message.content == expected
+    messages = [
+        HI[0] | {"name": None},
+        {"role": "assistant", "content": "a", "tool_calls": [], "annotations": []},
+    ]
+    assert ask(client, [*messages, *HI], stream=True, stream_options={"include_obfuscation": False})
 
 
 def test_models(serve):
@@ -227,6 +252,32 @@ def test_hanging_up_frees_the_place(serve, stream):
     assert not waiting.is_alive()
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_tokens_of_those_who_hang_up_are_counted_once(serve, model, stream):
+    server = serve()
+    model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.005))
+    prompt = server.post({}).json()["usage"]["prompt_tokens"]
+
+    def counted(name: str) -> float:
+        return float(
+            re.search(rf"^hovle_{name}_tokens_total (\S+)", server.http.get("/metrics").text, re.M)[1]
+        )
+
+    assert (counted("prompt"), counted("completion")) == (prompt, 4)
+    body = json.dumps({"model": NAME, "messages": HI, "max_tokens": 450, "n": 2, "stream": stream}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
+        connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        steps = server.engine.steps
+        until(lambda: server.engine.steps > steps + 5)
+    until(lambda: server.engine.num_active == 0 and counted("completion") > 4)
+    assert counted("prompt") == 2 * prompt
+    assert 4 + 2 * 3 <= counted("completion") < 4 + 2 * 440
+    settled = counted("completion")
+    time.sleep(0.1)
+    assert counted("completion") == settled
+
+
 def test_a_full_queue_says_when_to_come_back(serve):
     server = serve(max_batch=1, max_queue=1)
     stream = ask(server.client(), stream=True, max_tokens=450)
@@ -323,11 +374,26 @@ REFUSED = {
     "empty": (b"", None, "not valid JSON"),
     "a list": (b"[]", None, "object"),
     "broken utf-8": (b'{"model": "\xff\xfe"}', None, "not valid JSON"),
-    "half a surrogate": (raw(user="x").replace(b'"x"', b'"\\ud800"'), None, "not valid JSON"),
+    "half a surrogate": (raw(user="x").replace(b'"x"', b'"\\ud800"'), None, "JSON: half a surrogate pair"),
     "deep": (b'{"messages":' * 1 + b"[" * 100_000, None, "not valid JSON"),
     "deep objects": (b'{"a":' * 20_000, None, "not valid JSON"),
     "infinity": (b'{"model":"' + NAME.encode() + b'","messages":[],"temperature":1e999}', None, ""),
-    "unknown field": (raw(tools=[]), "tools", "unknown field"),
+    "half a surrogate within": (raw(user="x").replace(b'"x"', b'"\\udc00 a"'), None, "half a surrogate pair"),
+    "unknown field": (raw(colour=None), "colour", "unknown field"),
+    "tools": (raw(tools=[{"type": "function"}]), "tools", "cannot do that"),
+    "a bias": (raw(logit_bias={"1": 5}), "logit_bias", "cannot do that"),
+    "effort": (raw(reasoning_effort="low"), "reasoning_effort", "cannot do that"),
+    "storing": (raw(store=True), "store", "cannot do that"),
+    "storing by number": (raw(store=0), "store", "valid boolean"),
+    "a schema": (raw(response_format={"type": "json_object"}), "response_format.type", "'text'"),
+    "a choice of tools": (raw(tool_choice="required"), "tool_choice", "'none' or 'auto'"),
+    "speech": (raw(modalities=["text", "audio"]), "modalities", ""),
+    "a name": (raw(messages=[HI[0] | {"name": "Ann"}]), "messages.0.name", "cannot do that"),
+    "a call of a tool": (
+        raw(messages=[{"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}]),
+        "messages.0.tool_calls",
+        "cannot do that",
+    ),
     "unknown field of a part": (
         raw(messages=[{"role": "user", "content": [{"type": "text", "text": "a", "colour": 1}]}]),
         "messages.0.content.0.colour",
@@ -336,7 +402,12 @@ REFUSED = {
     "no model": (b'{"messages":[{"role":"user","content":"hi"}]}', "model", "required"),
     "no messages": (raw(messages=[]), "messages", "at least 1"),
     "role": (raw(messages=[{"role": "tool", "content": "hi"}]), "messages.0", "role is one of system"),
-    "content": (raw(messages=[{"role": "user", "content": 1}]), "messages.0.content", "valid array"),
+    "content": (raw(messages=[{"role": "user", "content": 1}]), "messages.0.content", "a string or an array"),
+    "null for content": (
+        raw(messages=[{"role": "assistant", "content": None}]),
+        "messages.0.content",
+        "a string or an array of text parts",
+    ),
     "no content": (raw(messages=[{"role": "user"}]), "messages.0.content", "required"),
     "a picture of the assistant's": (
         raw(messages=[{**with_pictures("a", data_uri())[0], "role": "assistant"}]),
@@ -350,11 +421,11 @@ REFUSED = {
     "n": (raw(n=9), "n", "less than or equal to 8"),
     "max_tokens": (raw(max_tokens=0), "max_tokens", "greater than or equal to 1"),
     "a huge number": (raw(max_tokens=0).replace(b": 0", b": " + b"9" * 5000), None, ""),
-    "both limits": (raw(max_tokens=1, max_completion_tokens=1), None, "give one of them"),
+    "both limits": (raw(max_tokens=1, max_completion_tokens=1), "max_completion_tokens", "give one of them"),
     "stop": (raw(stop=[""]), "stop.0", "at least 1 character"),
     "stops": (raw(stop=["a"] * 5), "stop", "at most 4"),
-    "top_logprobs": (raw(top_logprobs=1), None, "needs logprobs"),
-    "stream_options": (raw(stream_options={"include_usage": True}), None, "needs stream"),
+    "top_logprobs": (raw(top_logprobs=1), "top_logprobs", "needs logprobs"),
+    "stream_options": (raw(stream_options={"include_usage": True}), "stream_options", "needs stream"),
     "a penalty": (raw(frequency_penalty=0.5), "frequency_penalty", "less than or equal to 0"),
     "too long for the model": (raw(messages=[{"role": "user", "content": "word " * 600}]), "messages", "room for 512"),
     "characters": (raw(messages=[{"role": "user", "content": "a" * 20_001}]), "messages", "at most 20000"),

@@ -185,7 +185,7 @@ def test_two_models_behind_one_address_answer_as_they_do_alone(
             ] == expected
         assert text_of(cluster.ask(QUESTIONS[0], stream=True, **fields)) == expected[0]
     assert said(other, processor, "hi", 8) != said(model, processor, "hi", 8)
-    assert cluster.ask("hi", tools=[]).json()["error"]["param"] == "tools"
+    assert cluster.ask("hi", tools=[{"type": "function"}]).json()["error"]["param"] == "tools"
     assert cluster.http.get("/health").json() == {"status": "ok"}
     assert [model["id"] for model in cluster.http.get("/v1/models").json()["data"]] == ["tiny", "an/other"]
     assert "<title>HoVLE" in cluster.http.get("/").text

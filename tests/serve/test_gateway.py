@@ -66,7 +66,7 @@ def test_an_answer_through_the_gateway_is_the_replicas(app):
         whole = ask(send)
         assert whole.status_code == 200
         assert text(ask(send, stream=True)) == text(whole)
-        assert ask(send, tools=[]).json()["error"]["param"] == "tools"
+        assert ask(send, tools=[{"type": "function"}]).json()["error"]["param"] == "tools"
         long = ask(send, messages=[{"role": "user", "content": "word " * 600}])
         assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
         assert (

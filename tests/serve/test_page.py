@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 
-from hovle_core.images import open_image
+from hovle_core.images import FORMATS, open_image
 from hovle_serve.chat import ChatSession
 from hovle_serve.sampling import Sampling
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Locator, LocatorAssertions, Page
+    from playwright.sync_api import Locator, LocatorAssertions, Page, Route
 
 PASTE = """() => {
     const file = new File([Uint8Array.from(atob(PNG), (c) => c.charCodeAt(0))], "a.png", {type: "image/png"});
     const dataTransfer = new DataTransfer();
     dataTransfer.items.add(file);
     document.body.dispatchEvent(new EVENT);
+}"""
+DROP = """([name, type]) => {
+    const dataTransfer = new DataTransfer();
+    dataTransfer.items.add(new File(["<svg/>"], name, {type}));
+    document.body.dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true}));
 }"""
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
 
@@ -34,6 +39,11 @@ def test_the_page_takes_nothing_from_elsewhere_and_nobody_frames_it(serve):
     assert "default-src 'none'" in policy
     assert "frame-ancestors 'none'" in policy
     assert not re.search(r"https?:|[\"'(]//|innerHTML|<link|@import|import\(", response.text)
+
+
+def test_the_page_names_the_kinds_of_pictures_that_are_taken(serve):
+    kinds = re.search(r"Pictures may be (.*?)\.", serve().http.get("/").text)[1]
+    assert sorted(kinds.upper().replace(" OR ", ", ").split(", ")) == sorted(FORMATS)
 
 
 SECONDS = 60  # of patience, on a machine that does other things as well
@@ -65,6 +75,14 @@ def page() -> Iterator[Page]:
 
 def answers(page: Page) -> Locator:
     return page.locator("#log li.assistant")
+
+
+def expect_idle(page, server):
+    for _ in range(100):
+        if server.engine.num_active == 0:
+            break
+        page.wait_for_timeout(20)
+    assert server.engine.num_active == 0
 
 
 @pytest.mark.slow
@@ -139,11 +157,7 @@ def test_an_answer_is_stopped_and_what_came_is_kept(serve, page, model, stop):
     expect(page.locator("#send")).to_be_visible()
     assert 20 <= len(answers(page).inner_text()) < 2000
     assert page.evaluate("messages.map((message) => message.role)") == ["user", "assistant"]
-    for _ in range(100):
-        if server.engine.num_active == 0:
-            break
-        page.wait_for_timeout(20)
-    assert server.engine.num_active == 0
+    expect_idle(page, server)
 
 
 @pytest.mark.slow
@@ -177,3 +191,74 @@ def test_a_refused_question_goes_back_to_where_it_was_written(serve, page):
     expect(answers(page)).to_contain_text("written")
     expect(page.locator("#log li.user")).to_have_text("<b>hi</b>")
     expect(page.get_by_role("alert")).to_be_hidden()
+
+
+@pytest.mark.slow
+def test_what_was_written_meanwhile_is_kept_behind_a_refused_question(serve, page, picture):
+    page.goto(serve().url)
+    expect(page.locator("#model")).to_have_text("tiny/hovle")
+    asked: list[Route] = []
+    page.route(
+        "**/v1/chat/completions", lambda route: asked.append(route)
+    )  # no answer until the test says so
+    page.locator("#files").set_input_files(picture)
+    expect(page.locator("#waiting img")).to_have_count(1)
+    page.locator("#text").fill("first")
+    page.locator("#text").press("Enter")
+    expect(page.locator("#waiting img")).to_have_count(0)
+    page.locator("#text").fill("second")
+    page.locator("#files").set_input_files(picture)
+    expect(page.locator("#waiting img")).to_have_count(1)
+    asked[0].abort()
+    expect(page.locator("#send")).to_be_visible()
+    expect(page.locator("#text")).to_have_value("first\nsecond")
+    expect(page.locator("#waiting img")).to_have_count(2)
+    assert page.evaluate("messages.length") == 0
+
+
+@pytest.mark.slow
+def test_a_key_is_tried_without_a_message(serve, page):
+    page.goto(serve(api_keys=["secret"]).url)
+    page.locator("#key").fill("wrong")
+    page.locator("#key").press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("a valid API key is needed")
+    page.locator("#key").fill("secret")
+    page.locator("#key").press("Enter")
+    expect(page.locator("#model")).to_have_text("tiny/hovle")
+    expect(page.locator("#key")).to_be_hidden()
+    expect(page.get_by_role("alert")).to_be_hidden()
+    expect(page.locator("#text")).to_be_focused()
+
+
+@pytest.mark.slow
+def test_a_new_conversation_stops_the_answer(serve, page, model):
+    server = serve()
+    model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.02))  # the browser has time
+    page.goto(server.url)
+    page.locator("#limit").evaluate("(input) => { input.value = 450; }")
+    page.keyboard.type("count")
+    page.keyboard.press("Enter")
+    expect(answers(page)).to_have_text(re.compile(".{5}"))
+    page.locator("#limit").evaluate("(input) => { input.value = 3; }")
+    page.locator("#reset").press("Enter")
+    expect(page.locator("#log li")).to_have_count(0)
+    page.keyboard.type("hi")  # the message box has the focus
+    page.keyboard.press("Enter")
+    expect(answers(page)).to_contain_text("3 written")
+    expect(page.locator("#send")).to_be_visible()
+    assert page.evaluate("messages.map(({role}) => role)") == ["user", "assistant"]
+    expect(page.get_by_role("alert")).to_be_hidden()
+    expect_idle(page, server)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "file", [("a.svg", "image/svg+xml"), ("a.heic", "image/heic"), ("a.txt", "text/plain")]
+)
+def test_what_the_server_cannot_read_is_refused_when_it_is_added(serve, page, file):
+    page.goto(serve().url)
+    page.evaluate(DROP, file)
+    expect(page.get_by_role("alert")).to_have_text(
+        f"not added: {file[0]}. Pictures may be JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or AVIF."
+    )
+    expect(page.locator("#waiting img")).to_have_count(0)

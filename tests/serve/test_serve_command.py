@@ -16,6 +16,8 @@ import pytest
 
 from hovle_core.cli import main
 from hovle_core.images import open_image
+from hovle_core.openmp import SPINS
+from hovle_serve import listener
 from hovle_serve.chat import ChatSession
 from hovle_serve.remote import RemoteSession
 from hovle_serve.sampling import Sampling
@@ -85,11 +87,47 @@ def test_served_from_the_command_line_and_talked_to_from_it(
         assert f"talking to cat at {url}" in output.err
         assert "error: the server says: the conversation takes" in output.err
 
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # as Ctrl-C
         assert process.wait(timeout=60) == 0
         assert "hovle: stopped" in process.stderr.read()
     assert main([*chat, "again?"]) == 2
     assert f"cannot talk to --url '{url}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("host", "has_keys", "is_checked"),
+    [("127.0.0.1", False, True), ("127.0.0.1", True, False), ("0.0.0.0", False, False)],
+)
+def test_who_may_name_the_server_as_they_like(
+    ours, checkpoint, tmp_path, monkeypatch, host, has_keys, is_checked
+):
+    """A server of this machine without keys checks the Host; others are told by their keys, or warned of."""
+    served = []
+
+    class Server:
+        def run(self, sockets):
+            assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(listener, "server", lambda app: served.append(app) or Server())
+    (tmp_path / "keys").write_text("one\n")
+    keys = ["--api-key-file", str(tmp_path / "keys")] if has_keys else []
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["serve", str(checkpoint), "--host", host, "--port", "0", *keys]) == 0
+    assert isinstance(served[0], listener.LocalNames) == is_checked
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_engine_s_threads_wait_awake(ours, tmp_path):
+    """What a process starts with is read before torch is there to read it."""
+    code = (
+        "import os, sys; from hovle_core.cli import main; "
+        "code = main(['serve', sys.argv[1]]); print(code, os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    command = [sys.executable, "-c", code, str(tmp_path / "none")]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["2", SPINS]
 
 
 def test_what_is_wrong_is_said_before_anything_is_loaded(ours, checkpoint, tmp_path, capsys):

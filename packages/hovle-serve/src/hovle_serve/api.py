@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from hovle_serve.engine import Engine, EngineClosedError, QueueFullError
 from hovle_serve.front import RETRY_AFTER, Front, busy, routes
 from hovle_serve.media import MediaFetcher
 from hovle_serve.metrics import Metrics
-from hovle_serve.prompts import Prompt, PromptEncoder
+from hovle_serve.prompts import Prompt, PromptEncoder, has_pictures
 from hovle_serve.protocol import ChatRequest, Limits, RequestError
 from hovle_serve.sampling import Sampling
 
@@ -71,7 +71,7 @@ class _Service(Front):
 
     async def prepare(self, body: ChatRequest, raw: bytes) -> _Prepared:
         fetched = {} if self._media is None else await self._prompts.fetch(body, self._media)
-        async with self._decoders:
+        async with self._decoders if has_pictures(body) else nullcontext():
             prompt = await asyncio.to_thread(self._prompts.encode, body, fetched)
         return _Prepared(body.model_copy(update={"messages": []}), prompt)
 
@@ -97,7 +97,7 @@ class _Service(Front):
             raise busy(str(error)) from error
         except EngineClosedError as error:
             raise RequestError(503, str(error), headers=RETRY_AFTER) from error
-        usage = body.stream_options is not None and body.stream_options.include_usage
+        usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         return StreamingResponse(
             completion.stream(first, events, usage, _failure),
             media_type="text/event-stream",

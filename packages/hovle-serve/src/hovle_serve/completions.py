@@ -39,8 +39,8 @@ async def answer(
 ) -> Events:
     """`(index, piece)` of one answer for each sampling, as they come.
 
-    However it ends (closed, cancelled, the client gone: ClientLeftError), the places in the engine are freed. Raises
-    also what `Engine.submit` raises, and whatever ended an answer.
+    However it ends (closed, cancelled, the client gone: ClientLeftError), the places in the engine are freed and the
+    tokens counted that it worked on. Raises also what `Engine.submit` raises, and whatever ended an answer.
     """
     loop, start = asyncio.get_running_loop(), time.monotonic()
     queue: asyncio.Queue[tuple[int, Piece | Exception]] = (
@@ -49,6 +49,8 @@ async def answer(
 
     def deliver_to(index: int) -> Callable[[Piece | Exception], None]:
         def deliver(item: Piece | Exception) -> None:
+            if isinstance(item, Piece):
+                counts[index] = item.completion_tokens
             try:
                 loop.call_soon_threadsafe(queue.put_nowait, (index, item))
             except RuntimeError:  # the loop has closed, and with it who would have read this
@@ -56,6 +58,7 @@ async def answer(
 
         return deliver
 
+    counts = [0] * len(samplings)  # of tokens so far, also of those that nobody reads any more
     requests = [
         Request(prompt, sampling, deliver_to(i), stop=stop, top_logprobs=top_logprobs)
         for i, sampling in enumerate(samplings)
@@ -74,13 +77,14 @@ async def answer(
             last[index] = now
             if item.finish_reason is not None:
                 remaining -= 1
-                metrics.completion_tokens.inc(item.completion_tokens)
             yield index, item
-        metrics.prompt_tokens.inc(len(prompt.input_ids))
     finally:
         watch.cancel()
         for request in requests:
             request.cancel()
+        if any(counts):  # else it was given up in the queue, unread
+            metrics.prompt_tokens.inc(len(prompt.input_ids))
+            metrics.completion_tokens.inc(sum(counts))
 
 
 async def _watch(http: HttpRequest, queue: asyncio.Queue[tuple[int, Piece | Exception]]) -> None:

@@ -19,6 +19,7 @@ from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import Encoded, HovleProcessor
 from hovle_serve.answer import Answer, Piece
 from hovle_serve.batch import DecodeBatch, Prefilled, block_length, check_batchable
+from hovle_serve.linear import use_few_rows_linear
 from hovle_serve.prefix import PrefixCache, Read
 from hovle_serve.sampling import Sampling, end_ids, suppression
 from hovle_serve.stream import max_answer_tokens
@@ -79,6 +80,8 @@ class Engine:
         max_queue: requests that may wait.
         max_prefix_tokens: on top of these, tokens of the newest prompts, kept for others that begin alike.
 
+    On CPUs the model's linear layers become FewRowsLinear, which the steps of many rows are faster with.
+
     Raises ValueError for a model it cannot batch, or whose generation_config asks for what it does not do.
     """
 
@@ -99,6 +102,7 @@ class Engine:
             if value < 1:
                 raise ValueError(f"{name} {value} must be 1 or more")
         check_batchable(model)
+        use_few_rows_linear(model)
         self.model, self.processor = model, processor
         #: For decoding: the processor's own holds state while it encodes, which other threads do meanwhile.
         self.tokenizer = copy.deepcopy(processor.tokenizer)

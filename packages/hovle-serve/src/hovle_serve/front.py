@@ -21,8 +21,11 @@ from hovle_serve.access import Access
 from hovle_serve.protocol import ChatRequest, ClientLeftError, ErrorBody, Limits, RequestError, parse_request
 
 BODY_SECONDS = 60  # a body that takes longer to arrive is given up
+IDLE_SECONDS = 10  # and one of which nothing comes for so long
 WRITE_SECONDS = 60  # so is a client that takes nothing for so long
-MAX_READERS = 16  # bodies read and prepared at a time; times max_body_bytes is what they can hold
+# Bodies that are read or prepared hold no more than so many of the largest. Who has sent nothing holds nothing.
+MAX_BODIES = 16
+MAX_PREPARED = 256  # at a time, however small
 RETRY_AFTER = {"Retry-After": "1"}
 _CLIENT_LEFT = 499  # nginx's number: nobody reads it
 _REFS = "#/components/schemas/{model}"
@@ -36,7 +39,7 @@ _PAGE_POLICY = (
 class Front(ABC):
     """The routes of an app that answers for the models `names`.
 
-    A request is first read and prepared, by no more than MAX_READERS at a time, and then answered.
+    A request is first read and prepared, within MAX_BODIES and MAX_PREPARED, and then answered.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class Front(ABC):
             "hovle_responses", "Answers to /v1/chat/completions", ["status"], registry=registry
         )
         self._access = access
-        self._readers = 0
+        self._held_bytes = self._prepared_now = 0
 
     @abstractmethod
     def check_room(self) -> None:
@@ -107,6 +110,8 @@ class Front(ABC):
         # Also keeps other sites' pages from posting here in a visitor's name: browsers ask first for this type.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RequestError(415, "Content-Type must be application/json")
+        if (encoding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+            raise RequestError(415, f"Content-Encoding {encoding!r} is not taken: send the JSON as it is")
         self._access.enter(key)
         try:
             response = await self.respond(request, await self._prepared(request))
@@ -117,16 +122,32 @@ class Front(ABC):
 
     async def _prepared(self, request: Request) -> Any:
         self.check_room()
-        if self._readers >= MAX_READERS:
-            raise busy("too many requests wait already")
-        self._readers += 1
+        chunks: list[bytes] = []
+        held = 0
         try:
-            raw = await _read(request, self.limits.max_body_bytes)
+            async with aclosing(_body(request, self.limits.max_body_bytes)) as body:
+                async for chunk in body:
+                    chunks.append(chunk)
+                    held += len(chunk)
+                    self._held_bytes += len(chunk)
+                    if self._held_bytes > MAX_BODIES * self.limits.max_body_bytes:
+                        raise busy("too many large requests are being read")
+            if self._prepared_now >= MAX_PREPARED:
+                raise busy("too many requests are being read")
+            raw = b"".join(chunks)
+            chunks.clear()
+            return await self._prepared_from(raw)
+        finally:
+            self._held_bytes -= held
+
+    async def _prepared_from(self, raw: bytes) -> Any:
+        self._prepared_now += 1
+        try:
             body = await asyncio.to_thread(parse_request, raw)
             self._check_model(body.model)
             return await self.prepare(body, raw)
         finally:
-            self._readers -= 1
+            self._prepared_now -= 1
 
     def _check_model(self, model: str) -> None:
         if model not in self.names:
@@ -167,7 +188,9 @@ class _Watched(Response):
 
 def routes(service: Front, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
     """The app of a front."""
-    app = FastAPI(title="hovle-serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="hovle-serve", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     app.exception_handler(RequestError)(_on_request_error)
     app.exception_handler(HTTPException)(_on_http_exception)
     app.exception_handler(Exception)(_on_bug)
@@ -187,6 +210,8 @@ def routes(service: Front, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI
     get("/health", responses={503: {}})(service.health)
     get("/metrics", response_class=PlainTextResponse, responses=refused)(service.metrics)
     get("/", response_class=HTMLResponse)(_page)
+    for path, probed in (("/health", service.health), ("/", _page)):  # some load balancers ask so
+        app.head(path, include_in_schema=False, response_model=None)(probed)
 
     document = get_openapi(title="hovle-serve", version="1", routes=app.routes)
     document.setdefault("components", {}).setdefault("schemas", {}).update(definitions)
@@ -194,18 +219,28 @@ def routes(service: Front, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI
     return app
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
-    chunks, size = [], 0
-    try:
-        async with asyncio.timeout(BODY_SECONDS), aclosing(request.stream()) as stream:
-            async for chunk in stream:
-                size += len(chunk)
-                if size > max_bytes:  # uvicorn reads the rest and forgets it, so that the client hears why
-                    raise RequestError(413, f"the body is larger than {max_bytes} bytes")
-                chunks.append(chunk)
-    except TimeoutError as error:
-        raise RequestError(408, f"the body did not arrive within {BODY_SECONDS} seconds") from error
-    return b"".join(chunks)
+async def _body(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    """A body as it comes. Raises RequestError for one that is too large, or too slow."""
+    # uvicorn reads the rest of a large one and forgets it, so that the client hears why
+    too_large = RequestError(413, f"the body is larger than {max_bytes} bytes")
+    if int(request.headers.get("content-length", 0)) > max_bytes:
+        raise too_large
+    size, deadline = 0, time.monotonic() + BODY_SECONDS
+    async with aclosing(request.stream()) as stream:
+        while True:
+            patience = min(IDLE_SECONDS, deadline - time.monotonic())
+            try:
+                async with asyncio.timeout(patience):
+                    chunk = await anext(stream, None)
+            except TimeoutError as error:
+                late = f"the body did not arrive within {BODY_SECONDS} seconds, or nothing of it for {IDLE_SECONDS}"
+                raise RequestError(408, late) from error
+            if chunk is None:
+                return
+            size += len(chunk)
+            if size > max_bytes:
+                raise too_large
+            yield chunk
 
 
 def busy(message: str) -> RequestError:

@@ -1,11 +1,16 @@
 """The HTTP server of one machine: uvicorn, which waits for nobody for ever."""
 
 import asyncio
+import ipaddress
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from hovle_serve.protocol import RequestError
 
 HEADER_SECONDS = 20.0
 DRAIN_SECONDS = 30  # a stopped server finishes what it answers, for so long
@@ -40,18 +45,46 @@ class PunctualProtocol(H11Protocol):
             self._timer = None
 
     def _hang_up(self) -> None:
+        if self.transport.is_closing():
+            return
         self.transport.write(
             b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
         )
         self.transport.close()
 
 
-def server(app: FastAPI, log_level: str = "warning") -> uvicorn.Server:
+class LocalNames:
+    """Lets in only requests that name this machine as their Host. A site whose name is made to resolve to 127.0.0.1
+    (DNS rebinding) is then not taken for the server's own page by a visitor's browser."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1")
+        if scope["type"] != "http" or _is_local(host):
+            await self.app(scope, receive, send)
+            return
+        message = f"Host {host!r} is not this machine; give the server an --api-key-file to use it under other names"
+        refused = RequestError(403, message)
+        await JSONResponse(refused.body, refused.status)(scope, receive, send)
+
+
+def _is_local(host: str) -> bool:
+    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost" or name.endswith(".localhost")
+
+
+def server(app: ASGIApp, log_level: str = "warning") -> uvicorn.Server:
     """To be run with the sockets it shall listen on."""
     return uvicorn.Server(
         uvicorn.Config(
             app,
             http=PunctualProtocol,
+            ws="none",
             log_level=log_level,
             timeout_graceful_shutdown=DRAIN_SECONDS,
             server_header=False,

@@ -13,10 +13,12 @@ class Metrics:
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
         self.prompt_tokens = Counter(
-            "hovle_prompt_tokens", "Tokens of answered prompts", registry=self.registry
+            "hovle_prompt_tokens", "Tokens of prompts whose answers began", registry=self.registry
         )
         self.completion_tokens = Counter(
-            "hovle_completion_tokens", "Tokens of answers", registry=self.registry
+            "hovle_completion_tokens",
+            "Tokens of answers, also of those whose clients hung up",
+            registry=self.registry,
         )
         self.first_token = Histogram(
             "hovle_time_to_first_token_seconds",

@@ -61,6 +61,11 @@ class PromptEncoder:
         return Prompt(encoded, pictures)
 
 
+def has_pictures(body: ChatRequest) -> bool:
+    lists = (message.content for message in body.messages if not isinstance(message.content, str))
+    return any(isinstance(part, ImagePart) for parts in lists for part in parts)
+
+
 def _read_messages(body: ChatRequest, limits: Limits) -> tuple[list[Message], list[tuple[str, str]]]:
     """Messages as the processor takes them, and (place in the body, URL) of their pictures."""
     if len(body.messages) > limits.max_messages:

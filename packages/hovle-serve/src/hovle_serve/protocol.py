@@ -1,8 +1,12 @@
-"""What `/v1/chat/completions` takes: the part of OpenAI's request that a HoVLE can do. Unknown fields are errors."""
+"""What `/v1/chat/completions` takes: the part of OpenAI's request that a HoVLE can do. Unknown fields are errors.
+
+OpenAI's other fields are taken where they ask for nothing, as clients send them: null, empty, or OpenAI's default.
+"""
 
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -10,7 +14,9 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
-    model_validator,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
 )
 
 # Names of union members: pydantic puts them into an error's place, from where `_refuse` takes them out again.
@@ -74,6 +80,21 @@ class Limits(Strict):
     max_tiles: int = 128
 
 
+_CANNOT = "this server cannot do that: leave the field out"
+
+
+def _off(value: bool) -> bool:
+    if value:
+        raise ValueError(_CANNOT)
+    return value
+
+
+# Of fields that ask for what is not done here, when they hold anything. Literal[False] would take 0.
+_Off = Annotated[bool, AfterValidator(_off), WithJsonSchema({"type": "boolean", "const": False})] | None
+_NoList = Annotated[list[Any], Field(max_length=0)] | None
+_NoDict = Annotated[dict[str, Any], Field(max_length=0)] | None
+
+
 class TextPart(Strict):
     type: Literal["text"]
     text: str
@@ -83,7 +104,7 @@ class ImageUrl(Strict):
     url: str = Field(
         description="a data URI: data:image/png;base64,...; other URLs only where the server allows their host"
     )
-    detail: Literal["auto", "high"] = "auto"  # a picture always gets the tiles its shape asks for
+    detail: Literal["auto", "high"] | None = "auto"  # a picture always gets the tiles its shape asks for
 
 
 class ImagePart(Strict):
@@ -105,8 +126,15 @@ def _one_of(field: str, tags: dict[str, str]) -> Discriminator:
     )
 
 
-def _string_or_parts(value: Any) -> str:
-    return _STRING if isinstance(value, str) else _PARTS
+def _string_or_parts(parts: str) -> Discriminator:
+    def tag(value: Any) -> str | None:
+        return _STRING if isinstance(value, str) else _PARTS if isinstance(value, list) else None
+
+    return Discriminator(
+        tag,
+        custom_error_type="string_or_parts",
+        custom_error_message=f"a string or an array of {parts} is needed",
+    )
 
 
 Part = Annotated[
@@ -115,27 +143,38 @@ Part = Annotated[
 ]
 Content = Annotated[
     Annotated[str, Tag(_STRING)] | Annotated[list[Part], Tag(_PARTS), Field(min_length=1)],
-    Discriminator(_string_or_parts),
+    _string_or_parts("text and image_url parts"),
 ]
 TextContent = Annotated[
     Annotated[str, Tag(_STRING)] | Annotated[list[TextPart], Tag(_PARTS), Field(min_length=1)],
-    Discriminator(_string_or_parts),
+    _string_or_parts("text parts"),
 ]
 
 
 class SystemMessage(Strict):
     role: Literal["system", "developer"]
     content: TextContent
+    name: None = None  # the chat template has no place for one
 
 
 class UserMessage(Strict):
     role: Literal["user"]
     content: Content
+    name: None = None
 
 
 class AssistantMessage(Strict):
+    """The last group of fields comes with an answer that a client gives back as it got it."""
+
     role: Literal["assistant"]
     content: TextContent
+    name: None = None
+
+    refusal: None = None
+    annotations: _NoList = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: _NoList = None
 
 
 Message = Annotated[
@@ -147,7 +186,12 @@ Message = Annotated[
 
 
 class StreamOptions(Strict):
-    include_usage: bool = False
+    include_usage: bool | None = False
+    include_obfuscation: _Off = None
+
+
+class ResponseFormat(Strict):
+    type: Literal["text"]
 
 
 def _as_list(stop: Any) -> Any:
@@ -155,7 +199,7 @@ def _as_list(stop: Any) -> Any:
 
 
 class ChatRequest(Strict):
-    """null stands for the default, as OpenAI has it. The last group of fields is taken only where it does nothing."""
+    """null stands for the default, as OpenAI has it. The last group is taken only where it asks for nothing."""
 
     model: str
     messages: list[Message] = Field(min_length=1)
@@ -176,18 +220,45 @@ class ChatRequest(Strict):
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
     user: str | None = Field(None, max_length=256)
+    safety_identifier: str | None = Field(None, max_length=256)
+    prompt_cache_key: str | None = Field(None, max_length=256)
     frequency_penalty: float | None = Field(0.0, ge=0, le=0)
     presence_penalty: float | None = Field(0.0, ge=0, le=0)
+    audio: None = None
+    function_call: Literal["none", "auto"] | None = None  # without functions
+    functions: _NoList = None
+    logit_bias: _NoDict = None
+    metadata: _NoDict = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    moderation: None = None
+    parallel_tool_calls: bool | None = None  # of no tools
+    prediction: None = None
+    prompt_cache_options: None = None
+    prompt_cache_retention: None = None
+    reasoning_effort: None = None
+    response_format: ResponseFormat | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: _Off = None
+    tool_choice: Literal["none", "auto"] | None = None
+    tools: _NoList = None
+    verbosity: None = None
+    web_search_options: None = None
 
-    @model_validator(mode="after")
-    def _check(self) -> "ChatRequest":
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens and max_completion_tokens are the same: give one of them")
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream: true")
-        return self
+    # Of the field rather than of the whole, so that the error names it; `info.data` holds the fields above it.
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _one_limit(cls, limit: int | None, info: ValidationInfo) -> int | None:
+        if limit is not None and info.data.get("max_tokens") is not None:
+            raise ValueError("means the same as max_tokens: give one of them")
+        return limit
+
+    @field_validator("stream_options", "top_logprobs")
+    @classmethod
+    def _with_its_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        switch = {"stream_options": "stream", "top_logprobs": "logprobs"}[info.field_name or ""]
+        if value is not None and not info.data.get(switch):
+            raise ValueError(f"needs {switch}: true")
+        return value
 
     @property
     def limit(self) -> int | None:
@@ -205,9 +276,14 @@ def parse_request(body: bytes) -> ChatRequest:
 def _refuse(error: ValidationError) -> NoReturn:
     first = error.errors(include_url=False, include_input=False)[0]
     if first["type"] == "json_invalid":
-        raise RequestError(400, f"the body is not valid JSON: {first['ctx']['error']}") from error
+        why = first["ctx"]["error"]
+        for escape in ("unexpected end of hex escape", "lone leading surrogate in hex escape"):
+            why = why.replace(escape, "half a surrogate pair, which is no character,")
+        raise RequestError(400, f"the body is not valid JSON: {why}") from error
     place = ".".join(str(item) for item in first["loc"] if item not in _TAGS)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown field"
+    elif first["type"] == "none_required" or first.get("ctx", {}).get("max_length") == 0:
+        message = _CANNOT
     raise RequestError(400, f"{place}: {message}" if place else message, place or None) from error

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import os
+import signal
 import socket
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hovle_core.openmp import SPINS
 
 
 def add_serve_parser(cli: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -40,6 +47,8 @@ def add_serve_parser(cli: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run_serve(args: argparse.Namespace) -> int:
+    if "torch" not in sys.modules:  # which reads it when it is imported, below
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     from pydantic import ValidationError
 
     from hovle_core.runs import latest_checkpoint
@@ -66,26 +75,40 @@ def run_serve(args: argparse.Namespace) -> int:
         raise ValueError(option + first["msg"].removeprefix("Value error, ")) from error
     latest_checkpoint(config.model)  # a typing error is told before anything is loaded
     with _listen(args.host, args.port) as listener:
-        if config.api_key_file is None and not _is_local(listener):
+        is_open = config.api_key_file is None
+        if is_open and not _is_local(listener):
             print(
                 "hovle: warning: everybody who reaches this port may ask; give --api-key-file",
                 file=sys.stderr,
             )
-        from hovle_serve.listener import server
+        from hovle_serve.listener import LocalNames, server
 
         app = build_app(config)
         host, port = listener.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         print(f"serving {config.served_name} on http://{address}:{port}", file=sys.stderr, flush=True)
+        served = LocalNames(app) if is_open and _is_local(listener) else app
         try:
-            server(app).run(sockets=[listener])
-        except (
-            KeyboardInterrupt
-        ):  # uvicorn passes on the Ctrl-C that ended it, which is how one ends a server
+            with _sigterm_as_ctrl_c():
+                server(served).run(sockets=[listener])
+        except KeyboardInterrupt:  # uvicorn passes on what ended it, which is how one ends a server
             print("hovle: stopped", file=sys.stderr)
         finally:
             app.state.engine.close()  # done already, unless the app did not come up
     return 0
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """uvicorn finishes what it answers and passes the signal on: SIGTERM is then no failure either."""
+    if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _listen(host: str, port: int) -> socket.socket:

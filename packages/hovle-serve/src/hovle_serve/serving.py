@@ -75,8 +75,8 @@ class ClusterConfig(AccessConfig):
 def build_app(config: ServeConfig) -> "FastAPI":
     """Load the model and start its engine (`app.state.engine`), which the app closes at its shutdown.
 
-    Raises ValueError where there is nothing to serve (see `hovle_core.runs.latest_checkpoint`) and for a key file
-    without keys.
+    Raises ValueError where there is nothing to serve (see `hovle_core.runs.latest_checkpoint`) and as
+    `read_api_keys`.
     """
     access = build_access(config)
 
@@ -98,14 +98,23 @@ def build_app(config: ServeConfig) -> "FastAPI":
 
 
 def build_access(config: AccessConfig) -> Access:
-    """Raises ValueError for a key file without keys."""
+    """Raises ValueError as `read_api_keys`."""
     keys = () if config.api_key_file is None else read_api_keys(config.api_key_file)
     return Access(keys, config.key_limits)
 
 
 def read_api_keys(path: str) -> list[str]:
-    """The keys of a file, one a line; empty lines and those that begin with # are left out."""
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """The keys of a file, one a line; empty lines and those that begin with # are left out.
+
+    Raises ValueError for a file that cannot be read, is no UTF-8 or holds no key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+    except OSError as error:
+        raise ValueError(f"api_key_file {path!r} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"api_key_file {path!r} is not UTF-8 text") from error
+    lines = [line.strip() for line in text.splitlines()]
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise ValueError(f"api_key_file {path!r} holds no key: write one a line, or serve without a key file")
