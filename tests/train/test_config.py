@@ -24,6 +24,11 @@ MINIMAL = {
         ({"optimizer": {}}, "optimizer: unknown key, did you mean 'optim'"),
         ({"optim": {}}, "optim.lr: Field required"),
         ({"optim": {"lr": -1}}, "optim.lr: .*greater than 0, got -1"),
+        ({"optim": {"lr": float("inf")}}, "optim.lr: .*finite number, got inf"),
+        (
+            {"data": {"sources": [{"path": "a", "weight": float("nan")}]}},
+            "weight.*: .*finite number, got nan",
+        ),
         (
             {"data": {"sources": [{"path": "a", "wieght": 2}]}},
             "data.sources.0.wieght: .*did you mean 'weight'",
@@ -270,3 +275,17 @@ def test_dry_run_shows_the_plan_and_writes_nothing(make_recipe, tmp_path, capsys
     assert "of which" in out
     assert "6 of 8 samples" in out
     assert not recipe.path.exists()
+    with pytest.raises(ValueError, match="lr_factors: no trainable parameter matches 'nothing"):
+        dry_run(make_recipe("alignment", optim={"lr_factors": {"nothing.*": 2.0}}), plugins)
+    recipe.path.write_text("mine")
+    with pytest.raises(ValueError, match="run_dir .* is a file"):
+        dry_run(recipe, plugins)
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_gpu_that_is_not_here(dry, make_recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(make_recipe("alignment", resources={"use_gpu": True}).to_yaml())
+    assert main(["train", str(path), "--local", *(["--dry-run"] if dry else [])]) == 2
+    assert "resources.use_gpu is true, and torch finds no GPU" in capsys.readouterr().err

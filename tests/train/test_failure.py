@@ -196,3 +196,17 @@ def test_a_rank_that_waits_for_others_is_not_the_one_that_hangs():
 
 def test_a_run_that_ends_well_leaves_no_stacks(make_recipe, plugins, whole, tmp_path):
     assert not (tmp_path / "whole" / "hung").exists()
+
+
+def test_a_rank_knows_that_its_group_was_torn_down():
+    """What a step raises then is no fault of the recipe's, and Ray should try again."""
+    assert not Runtime().is_torn_down
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert not Runtime(world_size=2).is_torn_down
+    finally:
+        torch.distributed.destroy_process_group()
+    runtime = Runtime(world_size=2)
+    with pytest.raises(ValueError, match="process group"):  # the error that would else be final
+        runtime.sum({"targets": 1.0})
+    assert runtime.is_torn_down

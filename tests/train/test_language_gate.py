@@ -78,6 +78,36 @@ def test_a_stage_past_its_bound_fails_and_can_be_accepted(make_recipe, plugins, 
     assert "finished already" in capsys.readouterr().err
 
 
+def test_a_finished_run_is_judged_by_the_bounds_of_now(make_recipe, plugins, world, capsys):
+    recipe = make_recipe("instruction_tuning", train={"steps": 2}, language=gate(world, max_increase=100.0))
+    train(recipe, local=True)
+    after = read_summary(recipe.path)["language"]["after"]["things"]
+    recipe.language.max_perplexity = after / 2
+    with pytest.raises(
+        LanguageLost, match="perplexity on 'things' .*It finished under another bound, in .*final"
+    ):
+        train(recipe, local=True)
+    assert is_finished(recipe.path)
+    recipe.language.max_perplexity = after * 2
+    capsys.readouterr()
+    train(recipe, local=True)
+    assert "not measured" not in capsys.readouterr().err
+    recipe.language.num_texts = 3
+    train(recipe, local=True)
+    assert "its language was not measured on these texts" in capsys.readouterr().err
+
+
+def test_what_a_finished_run_was_not_asked_for_is_said(make_recipe, world, tmp_path, capsys):
+    train(make_recipe("alignment", train={"steps": 1}), local=True)
+    later = {"train": {"steps": 1, "storage_path": str(tmp_path / "store")}}
+    train(make_recipe("alignment", language=gate(world), **later), local=True, label="second")
+    said = capsys.readouterr().err
+    assert "second: finished already" in said
+    assert "its language was not measured on these texts" in said
+    assert "nothing was copied to" in said
+    assert not (tmp_path / "store").exists()
+
+
 def test_measuring_changes_no_training(make_recipe, plugins, world, tmp_path):
     from safetensors.torch import load_file
 

@@ -54,6 +54,20 @@ def test_a_run_outlives_an_observer(make_recipe, observed, caplog):
     assert (recipe.path / "final" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    ("observers", "message"),
+    [
+        ({"wandb": {"projct": "x"}}, "observers.wandb has no 'projct'; did you mean 'project'"),
+        ({"wandb": "maybe"}, "observers.wandb.mode is 'maybe': give one of offline"),
+        ({"wandb": [1]}, "observers.wandb is .1.: give a mode"),
+        ({"tensorboard": "maybe"}, "observers.tensorboard is 'maybe', and it has no settings"),
+    ],
+)
+def test_wrong_settings_are_refused_before_the_run(observers, message, make_recipe, plugins):
+    with pytest.raises(ValueError, match=message):
+        Trainer(make_recipe("alignment", observers=observers), plugins, Runtime())
+
+
 def test_settings_of_a_plugin_that_observes_nothing_are_refused(make_recipe, plugins):
     recipe = make_recipe("alignment", observers={"wandbb": {}})
     with pytest.raises(ValueError, match="observers.wandbb: no installed plugin .*did you mean 'wandb'"):

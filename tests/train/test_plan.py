@@ -241,6 +241,24 @@ def test_packaged_recipes_run_dry_on_small_things(name, world, tmp_path, plugins
     assert "of 4 samples" in capsys.readouterr().out
 
 
+def test_an_architecture_that_cannot_be_counted_is_named(make_recipe, plugins, llm, tmp_path):
+    from transformers import GPT2Config, MixtralConfig
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+    mixtral = MixtralConfig(vocab_size=64, intermediate_size=64, num_key_value_heads=2, **sizes)
+    for config in (mixtral, GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)):
+        config.save_pretrained(tmp_path)
+        model = {
+            "backbone": {"name": "transformers", "options": {"path": str(tmp_path)}},
+            "embedding": {
+                "num_hidden_layers": 2, "image_size": 56, "num_attention_heads": 4, "num_key_value_heads": 4,
+            },
+        }  # fmt: skip
+        with pytest.raises(ValueError, match=f"cannot count {config.model_type}: ") as raised:
+            plan.plan_stage(make_recipe("alignment", model=model), plugins, "1xH100", ASSUMED)
+        assert "\n" not in str(raised.value)
+
+
 def test_a_wrapper_that_reads_weights_is_named(make_recipe, plugins, monkeypatch):
     def reads(plugins, module, wrappers):
         next(module.parameters()).sum().item()

@@ -50,8 +50,12 @@ def nodes():
 
 def processes(name):
     """Processes of this one's Ray by a part of their command."""
-    found = psutil.Process().children(recursive=True)
-    return [process for process in found if name in " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # others end meanwhile
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def workers():
@@ -66,7 +70,10 @@ def at_step(recipe, step, act):
         while time.monotonic() < deadline:
             records = read_metrics(recipe.path / "metrics.jsonl")
             if records and records[-1]["step"] >= step:
-                done.append(act() or True)
+                try:
+                    done.append(act() or True)
+                except Exception as error:
+                    done.append(error)
                 return
             time.sleep(0.02)
 
@@ -77,6 +84,8 @@ def at_step(recipe, step, act):
     def join():
         thread.join()
         assert done, f"the run never came to step {step}"
+        if isinstance(done[0], Exception):
+            raise done[0]
         return done[0]
 
     return join
@@ -118,12 +127,20 @@ def test_teachers_on_their_own_node_teach_what_the_worker_s_own_would(nodes, mak
 
 
 def test_an_unequal_group_computes_what_an_equal_one_does(nodes, make_recipe, tmp_path):
-    """One of two workers is frozen for three quarters of the time."""
-    train = {"steps": 100, "global_batch_size": 16}
-    alone = make_recipe("alignment", run_dir=str(tmp_path / "alone"), train=train)
+    """One of two workers is frozen for three quarters of the time.
+
+    Few steps and a small learning rate, because rounding grows: at 3e-3 the losses of two equal workers are 1e-7 from
+    those of one at first, and 1e-2 after 60 steps.
+    """
+    train, optim = {"steps": 40, "global_batch_size": 16}, {"lr": 3e-4}
+    alone = make_recipe("alignment", run_dir=str(tmp_path / "alone"), train=train, optim=optim)
     run_local(alone)
     shared = make_recipe(
-        "alignment", run_dir=str(tmp_path / "shared"), train=train, resources={**TWO, "balance": True}
+        "alignment",
+        run_dir=str(tmp_path / "shared"),
+        train=train,
+        optim=optim,
+        resources={**TWO, "balance": True},
     )
 
     def slow_down():
@@ -138,8 +155,8 @@ def test_an_unequal_group_computes_what_an_equal_one_does(nodes, make_recipe, tm
     join = at_step(shared, 1, slow_down)
     run_on_ray(shared)
     join()
-    curves = [[line["loss"] for line in read_metrics(r.path / "metrics.jsonl")[:60]] for r in (alone, shared)]
-    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    curves = [[line["loss"] for line in read_metrics(r.path / "metrics.jsonl")] for r in (alone, shared)]
+    assert curves[1] == pytest.approx(curves[0], rel=5e-4)
     shares = [line["largest_share"] for line in read_metrics(shared.path / "metrics.jsonl")]
     assert shares[0] == 0.5
     assert max(shares) > 0.6
@@ -161,6 +178,7 @@ def test_a_killed_rank_and_a_stopped_node_under_fsdp2(nodes, make_recipe, tmp_pa
         raylet = workers()[0].parent()
         assert "raylet" in raylet.name()
         raylet.kill()
+        raylet.wait()  # a worker leaves once its raylet is gone, and a zombie is not
 
     join = at_step(stopped, 35, stop_node)
     run_on_ray(stopped)

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Section(BaseModel):
-    """A part of a settings file: no unknown keys, no silent conversions of what was meant."""
+    """A part of a settings file: no unknown keys, no silent conversions of what was meant, finite numbers."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, strict=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, strict=True, allow_inf_nan=False)
 
 
 class _Loader(yaml.SafeLoader):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hovle_core.backbones import name_what_fails
 from hovle_core.config import HolisticEmbeddingConfig
 from hovle_core.image_processor import HovleImageProcessor
 from hovle_core.modeling import HovleForConditionalGeneration
@@ -106,11 +107,15 @@ def build_processor(
 def build_hovle(
     config: ModelConfig, registry: Registry, seed: int
 ) -> tuple[HovleForConditionalGeneration, HovleProcessor]:
-    """The model of a recipe in float32, from a checkpoint or new around a backbone, and its processor."""
+    """The model of a recipe in float32, from a checkpoint or new around a backbone, and its processor.
+
+    Raises ValueError naming the setting for a checkpoint that is not there, lacks its weights, or is damaged.
+    """
     if config.init_from is not None:
         path = resolve_checkpoint(config.init_from)
-        model = HovleForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
-        processor = HovleProcessor.from_pretrained(path)
+        with name_what_fails(f"model.init_from {path!r}"):
+            model = HovleForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+            processor = HovleProcessor.from_pretrained(path)
     else:
         if "token_mixer" in config.embedding:  # a wrong name is told before anything is loaded
             registry.get("token_mixer", config.embedding["token_mixer"])

@@ -47,6 +47,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 def run_train(args: argparse.Namespace) -> int:
     from hovle_train.lineage import check_run
     from hovle_train.pipeline import Pipeline
+    from hovle_train.ray_trainer import check_local
 
     plugins: HovlePlugins = args.plugins
     job = load(args, plugins.registry)
@@ -54,6 +55,8 @@ def run_train(args: argparse.Namespace) -> int:
     for recipe in recipes.values():
         # A stage's options, and what it does not read, are errors here already.
         plugins.registry.build("stage", recipe.stage.name, recipe=recipe, registry=plugins.registry)
+        if args.local and not args.print_config and not is_finished(recipe.path):
+            check_local(recipe)
     if args.print_config:
         print(job.to_yaml(), end="")
     elif isinstance(job, Pipeline):
@@ -106,13 +109,16 @@ def train_pipeline(
     (pipeline.run_dir / PIPELINE_FILE).write_text(pipeline.to_yaml())
     for label, recipe in recipes.items():
         with phase(label):
-            train(recipe, local=local, console=console)
+            train(recipe, local=local, console=console, label=label)
 
 
-def train(recipe: Recipe, local: bool = False, console: Console | None = None) -> None:
+def train(
+    recipe: Recipe, local: bool = False, console: Console | None = None, label: str | None = None
+) -> None:
     """Run a recipe to its end with a progress bar, resuming what is there; says so if it is finished already.
 
-    Raises Stopped, which ends the process with code 75, if SIGTERM stopped the run behind a checkpoint.
+    `label`: what to call it, else its stage's kind. Raises Stopped, which ends the process with code 75, if SIGTERM
+    stopped the run behind a checkpoint, and LanguageLost for one past its bounds.
     """
     import torch
     from rich.console import Console
@@ -126,27 +132,25 @@ def train(recipe: Recipe, local: bool = False, console: Console | None = None) -
     from hovle_train.progress import follow
     from hovle_train.ray_trainer import run_local, run_on_ray
 
-    console = console or Console(stderr=True)
+    console, label = console or Console(stderr=True), label or recipe.stage.name
     logging.disable_progress_bar()  # there is one bar, the run's
     reconsider(recipe)
     if is_finished(recipe.path):
         check_finished(recipe)
-        console.print(f"{recipe.stage.name}: finished already, in {recipe.path}", highlight=False)
+        console.print(f"{label}: {finished_already(recipe)}", highlight=False, soft_wrap=True)
         return
     device = torch.device("cuda" if recipe.resources.use_gpu else "cpu")
     if recipe.train.precision == "auto" and not recipe.resources.use_gpu and not has_fast_bfloat16(device):
         console.print("[yellow]warning:[/] this CPU has no fast bfloat16: float32, about three times slower")
     try:
-        with follow(recipe.path, recipe.stage.name, recipe.train.steps, console):
+        with follow(recipe.path, label, recipe.train.steps, console):
             (run_local if local else run_on_ray)(recipe)
     except Stopped as stopped:
-        console.print(f"{recipe.stage.name}: {stopped}", highlight=False, soft_wrap=True)
+        console.print(f"{label}: {stopped}", highlight=False, soft_wrap=True)
         raise
     summary = read_summary(recipe.path)
     numbers = "  ".join(f"{k} {v:.4g}" for k, v in summary["metrics"].items() if isinstance(v, float))
-    console.print(
-        f"{recipe.stage.name}: {summary['seconds']:.0f} s  {numbers}", highlight=False, soft_wrap=True
-    )
+    console.print(f"{label}: {summary['seconds']:.0f} s  {numbers}", highlight=False, soft_wrap=True)
     for name, error in summary.get("observer_errors", {}).items():
         console.print(
             f"[yellow]warning:[/] observer {name!r} failed {error['count']} times, and has missed that much; first: ",
@@ -154,6 +158,22 @@ def train(recipe: Recipe, local: bool = False, console: Console | None = None) -
             highlight=False,
             soft_wrap=True,
         )
+
+
+def finished_already(recipe: Recipe) -> str:
+    """That a run is finished, where, and what the recipe asks of it that it did not do.
+
+    Raises LanguageLost for a run past the recipe's bounds as they are now.
+    """
+    from hovle_train.language_gate import judge_finished
+
+    said = f"finished already, in {recipe.path}"
+    if not judge_finished(recipe):
+        said += "; its language was not measured on these texts: the section `language` is newer than the run"
+    storage, recorded = recipe.train.storage_path, read_summary(recipe.path)["recipe"]["train"]
+    if storage is not None and recorded.get("storage_path") is None:
+        said += f"; nothing was copied to {storage}: train.storage_path is newer than the run"
+    return said
 
 
 def dry_run_pipeline(pipeline: Pipeline, recipes: Mapping[str, Recipe], plugins: HovlePlugins) -> None:
@@ -167,7 +187,7 @@ def dry_run_pipeline(pipeline: Pipeline, recipes: Mapping[str, Recipe], plugins:
     for label, recipe in recipes.items():
         parent = parent_of(recipe) or ""
         if is_finished(recipe.path):
-            said = f"finished already, in {recipe.path}"
+            said = finished_already(recipe)
         elif parent in folders and not is_finished(parent):
             found = data_manifest(recipe, lambda source: open_source(source, plugins.registry))
             missing = [
@@ -190,14 +210,19 @@ def dry_run(recipe: Recipe, plugins: HovlePlugins) -> None:
 
     from hovle_data.quarantine import Ledger
     from hovle_train.freeze import freeze_except
+    from hovle_train.lineage import check_folder, checked_hash, parent_of
     from hovle_train.loop import Trainer
+    from hovle_train.optim import check_factors
     from hovle_train.runtime import Runtime
     from hovle_train.wrappers import wrap_model
 
+    check_folder(recipe)
+    checked_hash(parent_of(recipe))
     trainer = Trainer(recipe, plugins, Runtime())
     module, trainer.processor = trainer.stage.build()
     freeze_except(module, trainer.stage.trainable(module))
     module = wrap_model(plugins, module, recipe.model.wrappers)
+    check_factors(recipe.optim, [name for name, p in module.named_parameters() if p.requires_grad])
     ledger = Ledger(None, max_share=recipe.data.max_quarantine_share)
     with trainer.loader(ledger).iterate(0, 1) as first_step:
         ((_, batches, _),) = first_step

@@ -8,14 +8,17 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from hovle_train.average import write_averages
 from hovle_train.checkpoint import sync_folder
-from hovle_train.lineage import parent_of
+from hovle_train.failure import NonFiniteError
+from hovle_train.lineage import parent_of, weights_hash
 from hovle_train.metrics import read_metrics
 from hovle_train.runs import FINAL, FINAL_EMA, METRICS_FILE, REJECTED, RUN_CARD, SUMMARY_FILE
 from hovle_train.wrappers import unwrap_model
@@ -70,10 +73,12 @@ def export_final(trainer: "Trainer") -> None:
     """Write `final/`, an average beside it where asked, and `summary.json`, on rank 0; then drop the checkpoints that
     only resuming needed.
 
-    Raises LanguageLost for a checkpoint that cost the model its language; it is then in `rejected/`.
+    Raises NonFiniteError for weights that are not finite, which leaves the checkpoints as they are, and LanguageLost
+    for a checkpoint that cost the model its language; it is then in `rejected/`.
     """
     if not trainer.runtime.is_main:
         return
+    check_weights(trainer.module.named_parameters())
     folder, ema = trainer.recipe.path, trainer.recipe.optim.ema
     if trainer.averages is not None and ema is not None:
         # Beside: a stage's export may change what it is given, and the weights are still to come.
@@ -97,13 +102,27 @@ def export_final(trainer: "Trainer") -> None:
         write_json(folder / SUMMARY_FILE, {**card, "observer_errors": trainer.observers.errors})
 
 
+def check_weights(named: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raise NonFiniteError naming what is not finite of the trained weights: no loss is computed behind the last
+    update, which would have told."""
+    wrong = [name for name, p in named if p.requires_grad and not torch.isfinite(p).all()]
+    if wrong:
+        raise NonFiniteError(
+            f"{len(wrong)} weights are not finite behind the last step, {wrong[0]} the first: nothing was exported. "
+            "Choose another run_dir, or delete this one, and train with a lower optim.lr or with optim.grad_clip"
+        )
+
+
 def _write(trainer: "Trainer", module: nn.Module, folder: Path) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         unwrap_model(trainer.plugins, module, trainer.recipe.model.wrappers, folder)
         trainer.stage.export(module, trainer.processor, folder)
-        card = summary(trainer) | {"language": trainer.gate.measure_after(folder)}
+        card = summary(trainer) | {
+            "weights": weights_hash(str(folder)),
+            "language": trainer.gate.measure_after(folder),
+        }
         (folder / RUN_CARD).write_text(json.dumps(card, indent=1))
         sync_folder(folder)
     except BaseException:  # a full disk: give back what was taken

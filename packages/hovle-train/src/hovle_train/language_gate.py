@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -23,7 +24,7 @@ from hovle_train.build import build_llm, build_processor, build_tokenizer
 from hovle_train.config import LanguageConfig, Recipe, Source
 from hovle_train.evaluate import perplexity
 from hovle_train.export import write_json
-from hovle_train.lineage import check_same, parent_of
+from hovle_train.lineage import absolute, check_same, parent_of
 from hovle_train.runs import (
     CHECKPOINTS,
     FINAL,
@@ -32,11 +33,14 @@ from hovle_train.runs import (
     RUN_CARD,
     SUMMARY_FILE,
     is_finished,
+    read_summary,
     resolve_checkpoint,
 )
 from hovle_train.runtime import Runtime
 
 Perplexities = dict[str, float]
+# Of the `language` section, what perplexities depend on.
+MEASURED = {"texts", "num_texts", "max_tokens"}
 
 
 class LanguageLost(ValueError):
@@ -59,7 +63,7 @@ class LanguageGate:
         language, model = self.recipe.language, self.recipe.model
         if language is None:
             return
-        texts = language.model_dump(mode="json", include={"texts", "num_texts", "max_tokens"})
+        texts = language.model_dump(mode="json", include=MEASURED)
         of = hashlib.sha256(json.dumps([texts, parent_of(self.recipe), parent_weights]).encode()).hexdigest()
         found = json.loads(self.path.read_text()) if self.path.is_file() else {}
         if found.get("of") == of:
@@ -146,6 +150,32 @@ def check(measured: dict[str, Perplexities] | None, recipe: Recipe) -> None:
             f"{recipe.path / REJECTED}: to accept it, raise the bound and run again; to train it otherwise, delete "
             f"{recipe.run_dir}"
         )
+
+
+def judge_finished(recipe: Recipe) -> bool:
+    """Judge a finished run by the recipe's bounds as they are now, which may be tighter than those it finished under.
+
+    Returns whether there was anything to judge: false for a run without perplexities of the texts that are named now.
+    Raises LanguageLost.
+    """
+    language, card = recipe.language, read_summary(recipe.path)
+    measured = card.get("language")
+    if language is None:
+        return True
+    if measured is None or _texts_of(recipe) != _texts_of(Recipe.model_validate(card["recipe"])):
+        return False
+    if problems := judge(measured, language):
+        raise LanguageLost(
+            f"{recipe.stage.name} cost the model its language: {'; '.join(problems)}. It finished under another bound, "
+            f"in {recipe.path / FINAL}: raise the bound, or delete {recipe.run_dir} to train it otherwise"
+        )
+    return True
+
+
+def _texts_of(recipe: Recipe) -> dict[str, Any] | None:
+    """What perplexities are of, whatever the folder that a recipe is read in."""
+    language = absolute(recipe).language
+    return None if language is None else language.model_dump(mode="json", include=MEASURED)
 
 
 def reconsider(recipe: Recipe) -> None:

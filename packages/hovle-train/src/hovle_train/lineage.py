@@ -2,8 +2,10 @@
 what a run started from is still what it was."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from hovle_core import runs
 from hovle_core.registry import Registry
 from hovle_train.checkpoint import complete_checkpoints, read_state
 from hovle_train.config import Recipe, Source
-from hovle_train.runs import CHECKPOINTS, FINAL, is_finished, read_summary
+from hovle_train.runs import CHECKPOINTS, FINAL, RUN_CARD, SUMMARY_FILE, is_finished, read_summary
 
 # What may change between starts of one run without changing what it computes.
 FREE_SECTIONS = ("resources", "observers", "run_dir", "language")
@@ -21,6 +23,7 @@ FREE_FIELDS = (
     "train.keep_checkpoints",
     "train.storage_path",
     "train.min_fill",
+    "data.max_quarantine_share",
     "data.prefetch_steps",
     "data.num_threads",
     "data.tile_cache_gib",
@@ -56,25 +59,47 @@ def check_same(saved: dict[str, Any], recipe: Recipe, what: str) -> None:
 
 def check_finished(recipe: Recipe, data: DataManifest | None = None) -> None:
     """Raise ValueError unless the finished run in the recipe's folder is of this recipe, of its parent as it is, and
-    of these `data`."""
+    of these `data`, and has the weights that it was left with."""
+    check_folder(recipe)
     card, what = read_summary(recipe.path), f"finished run {recipe.path}"
     check_same(card["recipe"], recipe, what)
-    check_parent(card.get("parent_weights"), weights_hash(parent_of(recipe)), recipe, what)
+    checked_hash(recipe.run_dir)
+    check_parent(card.get("parent_weights"), checked_hash(parent_of(recipe)), recipe, what)
     check_data(card.get("data_manifest"), data, recipe, what)
 
 
 def check_run(recipe: Recipe, registry: Registry) -> None:
-    """Raise ValueError if the recipe's folder holds a run, finished or not, that this recipe cannot go on with."""
+    """Raise ValueError if the recipe's folder is no place for a run, if it holds one, finished or not, that this recipe
+    cannot go on with, or if the weights to start from are damaged."""
+    check_folder(recipe)
     found = complete_checkpoints(recipe.path / CHECKPOINTS)
     if not found and not is_finished(recipe.path):
+        checked_hash(parent_of(recipe))
         return
     data = data_manifest(recipe, lambda source: open_source(source, registry))
     if is_finished(recipe.path):
         check_finished(recipe, data)
         return
+    checked_hash(parent_of(recipe))
     state, what = read_state(found[-1]), f"checkpoint {found[-1]}"
     check_same(state["recipe"], recipe, what)
     check_data(state.get("data_manifest"), data, recipe, what)
+
+
+def check_folder(recipe: Recipe) -> None:
+    """Raise ValueError for a `run_dir` that no run can be written to, or whose `final/` no run of ours left."""
+    folder = recipe.path
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"run_dir {recipe.run_dir}: {there} is a file; choose another run_dir")
+    if not os.access(there, os.W_OK | os.X_OK) and not is_finished(folder):
+        raise ValueError(f"run_dir {recipe.run_dir}: {there} is not writable; choose another run_dir")
+    final = folder / FINAL
+    if final.exists() and not (is_finished(folder) and (folder / SUMMARY_FILE).is_file()):
+        raise ValueError(
+            f"run_dir {recipe.run_dir}: {final} is there, and no finished run left it (one has {FINAL}/config.json and "
+            f"{SUMMARY_FILE}): choose another run_dir, or move it away"
+        )
 
 
 def sources_of(recipe: Recipe) -> dict[str, Source]:
@@ -132,21 +157,51 @@ def weights_hash(parent: str | None) -> str | None:
     """SHA-256 over the safetensors of a run or checkpoint folder; None where there are none here (a hub id)."""
     if parent is None:
         return None
-    folder = Path(parent) / FINAL if is_finished(parent) else Path(parent)
     total = hashlib.sha256()
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(_checkpoint_of(parent).glob("*.safetensors"))
     for path in files:
-        with path.open("rb") as file:
-            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        found = path.stat()
+        total.update(path.name.encode() + _digest(path, found.st_size, found.st_mtime_ns))
     return total.hexdigest() if files else None
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, size: int, changed_ns: int) -> bytes:
+    """SHA-256 of a file. Large weights are asked for at every check of a start, and read once as long as they stay."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def checked_hash(parent: str | None) -> str | None:
+    """`weights_hash`, of weights as the run that exported them left them.
+
+    Raises ValueError for others: damaged, or replaced. Nothing is said of what no run of ours wrote, or one of a
+    release that kept no hash, nor where the weights were deleted to save space.
+    """
+    found = weights_hash(parent)
+    if parent is None or found is None:
+        return found
+    folder = _checkpoint_of(parent)
+    card = folder / RUN_CARD
+    recorded = json.loads(card.read_text()).get("weights") if card.is_file() else None
+    if recorded not in (None, found):
+        raise ValueError(
+            f"the weights in {folder} are not those that its run wrote (their SHA-256 differs): restore them, or "
+            f"delete {folder.parent if folder.name == FINAL else folder} and train it again"
+        )
+    return found
+
+
+def _checkpoint_of(path: str) -> Path:
+    """The finished checkpoint of a run's folder; any other folder is one itself."""
+    return Path(path) / FINAL if is_finished(path) else Path(path)
 
 
 def plugins_of(parent: str | None) -> dict[str, str]:
     """Plugin -> version, as the run that made a checkpoint wrote them into it; empty where no run of ours did."""
     if parent is None:
         return {}
-    folder = Path(parent) / FINAL if is_finished(parent) else Path(parent)
-    return runs.plugins_of(folder)
+    return runs.plugins_of(_checkpoint_of(parent))
 
 
 def check_parent(recorded: str | None, now: str | None, recipe: Recipe, what: str) -> None:

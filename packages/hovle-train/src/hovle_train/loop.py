@@ -36,10 +36,10 @@ from hovle_train.lineage import (
     check_finished,
     check_parent,
     check_same,
+    checked_hash,
     data_manifest,
     parent_of,
     plugins_of,
-    weights_hash,
 )
 from hovle_train.metrics import MetricsWriter, Window, truncate_metrics
 from hovle_train.observers import Observers
@@ -150,7 +150,7 @@ class Trainer:
             (self.recipe.path / RECIPE_FILE).write_text(self.recipe.to_yaml())
             # Before it is read: a parent that changes meanwhile is then noticed.
             parent = parent_of(self.recipe)
-            self.parent_weights = weights_hash(parent)
+            self.parent_weights = checked_hash(parent)
             self.data_manifest = data_manifest(self.recipe, self.stage.open)
             for change in self.plugins.changed_since(plugins_of(parent)):
                 logger.warning("%s: %s", parent, change)

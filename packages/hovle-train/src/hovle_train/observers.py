@@ -18,7 +18,8 @@ class Observers:
     """Calls the observer hooks of each plugin by itself. One that raises is named once, counted, and called again.
 
     `errors`: plugin -> how often it raised and what it said first, for the run's summary. Raises ValueError for
-    settings in the recipe's `observers` of a plugin that observes nothing.
+    settings in the recipe's `observers` of a plugin that observes nothing, and for those that the plugin's module
+    refuses, if it has a function `check_observer_settings(settings)`.
     """
 
     def __init__(self, plugins: HovlePlugins, run: Run):
@@ -26,13 +27,17 @@ class Observers:
         self.errors: dict[str, dict[str, Any]] = {}
         hooks = [getattr(plugins.manager.hook, hook) for hook in HOOKS]
         self.names = sorted({impl.plugin_name for hook in hooks for impl in hook.get_hookimpls()})
-        for name in run.recipe["observers"]:
+        for name, settings in run.recipe["observers"].items():
             if name not in self.names:
                 raise ValueError(
                     f"observers.{name}: no installed plugin of that name observes runs"
                     f"{did_you_mean(name, self.names)} (observers: {', '.join(self.names) or 'none'}); "
                     "install it, or leave the setting out"
                 )
+            # Else a mistake would be told with the first metrics, and what was asked for never written.
+            check = getattr(plugins.manager.get_plugin(name), "check_observer_settings", None)
+            if check is not None:
+                check(settings)
 
     def on_log(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._call("hovle_on_log", step=step, metrics=metrics)

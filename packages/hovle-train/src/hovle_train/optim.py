@@ -31,12 +31,10 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Optimizers over trainable parameters by name. Matrices decay, vectors do not.
 
-    Raises ValueError for an `lr_factors` pattern that matches no trainable parameter.
+    Raises ValueError as `check_factors` does.
     """
+    check_factors(config, parameters)
     named = list(parameters.items())
-    for pattern in config.lr_factors:
-        if not any(fnmatchcase(name, pattern) for name, _ in named):
-            raise ValueError(f"optim.lr_factors: no trainable parameter matches {pattern!r}")
     muon = [(name, p) for name, p in named if config.name == "muon" and is_block_matrix(name, p)]
     muon_names = {name for name, _ in muon}
     rest = [(name, p) for name, p in named if name not in muon_names]
@@ -48,6 +46,14 @@ def build_optimizers(
         groups = _groups(config, rest)
         optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True))
     return optimizers
+
+
+def check_factors(config: OptimConfig, trainable: Iterable[str]) -> None:
+    """Raise ValueError for an `lr_factors` pattern that matches none of these parameters' names."""
+    names = list(trainable)
+    for pattern in config.lr_factors:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"optim.lr_factors: no trainable parameter matches {pattern!r}")
 
 
 def set_lr(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:

@@ -18,9 +18,9 @@ from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.official import is_released, read_released_config
 from hovle_core.plugins import HovlePlugins
 from hovle_core.registry import Registry
-from hovle_train.build import build_backbone, embedding_config
+from hovle_train.build import build_backbone, embedding_config, find_hovle
 from hovle_train.config import Recipe
-from hovle_train.cost import Row, measure, row_cost
+from hovle_train.cost import Cost, Row, measure, row_cost
 from hovle_train.freeze import freeze_except
 from hovle_train.optim import is_block_matrix
 from hovle_train.runs import is_finished, resolve_checkpoint
@@ -99,8 +99,8 @@ def plan_stage(
     """Plan one stage. `others` are recipes whose runs it may start from before they have run; `sharded`: each GPU has
     a share of weights, gradients and optimizer (FSDP2).
 
-    Raises ValueError for samples that fit no row, for a model whose size nothing says yet, and for wrappers that need
-    its weights.
+    Raises ValueError for samples that fit no row, for a model whose size nothing says yet, for an architecture that
+    cannot be counted, and for wrappers that need its weights.
     """
     count, kind = parse_gpus(gpus)
     gpu, registry = GPUS[kind], plugins.registry
@@ -110,7 +110,7 @@ def plan_stage(
     module = meta_module(stage, plugins, others)
     dtype = torch.float32 if recipe.train.precision == "float32" else torch.bfloat16
     row, tokens_per_step = _batch(recipe, module, assumptions, count)
-    cost = row_cost(module, row, dtype, recipe.model.activation_checkpointing)
+    cost = _counted(module, row, dtype, recipe.model.activation_checkpointing)
     operations = cost.operations * tokens_per_step / row.tokens
     memory = _states(recipe, module, dtype, count if sharded else 1) | {
         "activations": cost.saved + cost.transient
@@ -133,6 +133,20 @@ def plan_stage(
         sum(p.numel() for p in module.parameters() if p.requires_grad), recipe.train.steps,
         tokens_per_step, operations, seconds / 3600, memory, sum(memory.values()) < gpu.memory * GIB,
     )  # fmt: skip
+
+
+def _counted(module: nn.Module, row: Row, dtype: torch.dtype, checkpointing: bool) -> Cost:
+    """`row_cost`. Raises ValueError naming a model that is laid out otherwise, or whose operations need contents."""
+    try:
+        return row_cost(module, row, dtype, checkpointing)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        config = getattr(module, "config", None) or find_hovle(module).config
+        kind = (getattr(config, "text_config", None) or config).model_type
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"cannot count {kind}: a plan runs a layer of a Llama-like LLM on tensors without contents, and this one "
+            f"says {type(error).__name__}: {reason}"
+        ) from error
 
 
 def meta_module(stage: Stage, plugins: HovlePlugins, others: Sequence[Recipe] = ()) -> nn.Module:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from hovle_core.openmp import SPINS
 from hovle_core.plugins import load_plugins
 from hovle_train.config import Recipe
 from hovle_train.export import git_commit, write_json
@@ -55,19 +56,24 @@ LOCAL_ENVIRONMENT = {
 }
 
 
-# Iterations that an idle OpenMP thread waits awake, about 5 ms: longer than the gaps between a step's operations, whose
-# wake-ups cost more than many an operation itself, and short beside what another process would have to wait.
-SPINS = "100000"
-
-
-def run_local(recipe: Recipe) -> None:
-    """Run a recipe in this process, without Ray, on one worker. Raises ValueError for a recipe of several."""
+def check_local(recipe: Recipe) -> None:
+    """Raise ValueError for a recipe that one process on this machine cannot run."""
     if recipe.resources.num_workers > 1:
         raise ValueError(
             f"resources.num_workers is {recipe.resources.num_workers}, but --local is one process"
         )
     if recipe.resources.teacher_pool is not None:
         raise ValueError("resources.teacher_pool needs Ray: leave out --local, or the pool")
+    if recipe.resources.use_gpu and not torch.cuda.is_available():
+        raise ValueError(
+            "resources.use_gpu is true, and torch finds no GPU on this machine: leave it out, or leave out --local and "
+            "have Ray find a node with one"
+        )
+
+
+def run_local(recipe: Recipe) -> None:
+    """Run a recipe in this process, without Ray, on one worker. Raises ValueError as `check_local` does."""
+    check_local(recipe)
     from hovle_train.loop import Trainer
 
     device = torch.device("cuda" if recipe.resources.use_gpu else "cpu")
@@ -208,6 +214,8 @@ def _worker(config: dict[str, Any]) -> None:
     except Stopped as stopped:
         logger.info("%s", stopped)  # whoever asked knows what to do
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        if runtime.is_torn_down:
+            raise  # another rank or its node died, and this is what a step says to that: Ray tries again
         give_up(f"{type(error).__name__}: {error}")
         logger.exception("not tried again")
         if runtime.world_size > 1:

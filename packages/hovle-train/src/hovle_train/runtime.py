@@ -56,6 +56,11 @@ class Runtime:
         dist.all_gather(gathered, padded)
         return [json.loads(bytes(tensor.tolist())) for tensor in gathered]
 
+    @property
+    def is_torn_down(self) -> bool:
+        """Whether the group of ranks was ended under this one, as Ray does when another one dies."""
+        return self.world_size > 1 and not dist.is_initialized()
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

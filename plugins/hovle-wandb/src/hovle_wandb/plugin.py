@@ -9,6 +9,13 @@ from hovle_core.hookspecs import hookimpl
 HOVLE_HOOK_API = 1
 
 
+def check_observer_settings(settings: Any) -> None:
+    """Raise ValueError for `observers.wandb` with a field or a mode that does not exist."""
+    from hovle_wandb.tracker import checked
+
+    checked(settings)
+
+
 @hookimpl
 def hovle_on_log(run: Any, step: int, metrics: Mapping[str, float]) -> None:
     from hovle_wandb.tracker import log

@@ -16,20 +16,33 @@ def settings(run: Any) -> dict[str, Any]:
 
     Raises ValueError for a field or a mode that does not exist.
     """
-    given = run.recipe.get("observers", {}).get("wandb") or {}
+    given = checked(run.recipe.get("observers", {}).get("wandb"))
+    merged: dict[str, Any] = {**DEFAULTS, **given}
+    if "mode" not in given and (mode := os.environ.get("WANDB_MODE")):
+        merged["mode"] = mode
+    _check_mode(merged["mode"])
+    return merged
+
+
+def checked(given: Any) -> dict[str, Any]:
+    """`observers.wandb` as a mapping. Raises ValueError for a field or a mode that does not exist."""
+    given = given or {}
     if isinstance(given, str):  # `wandb: disabled`
         given = {"mode": given}
+    if not isinstance(given, dict):
+        raise ValueError(f"observers.wandb is {given!r}: give a mode, or some of {', '.join(DEFAULTS)}")
     for name in given:
         if name not in DEFAULTS:
             raise ValueError(
                 f"observers.wandb has no {name!r}{did_you_mean(name, DEFAULTS)} (it has {', '.join(DEFAULTS)})"
             )
-    merged: dict[str, Any] = {**DEFAULTS, **given}
-    if "mode" not in given and (mode := os.environ.get("WANDB_MODE")):
-        merged["mode"] = mode
-    if merged["mode"] not in MODES:
-        raise ValueError(f"observers.wandb.mode is {merged['mode']!r}: give one of {', '.join(MODES)}")
-    return merged
+    _check_mode(given.get("mode", DEFAULTS["mode"]))
+    return given
+
+
+def _check_mode(mode: Any) -> None:
+    if mode not in MODES:
+        raise ValueError(f"observers.wandb.mode is {mode!r}: give one of {', '.join(MODES)}")
 
 
 def log(run: Any, step: int, metrics: Mapping[str, Any]) -> None:
