@@ -122,7 +122,7 @@ def main() -> None:
     if which := parser.parse_args().child:
         print(json.dumps(measure() if which == "steps" else measure_reading()))
         return
-    from hovle_train.ray_trainer import SPINS
+    from hovle_core.openmp import SPINS
 
     asleep, awake = [], []
     for _ in range(ROUNDS):

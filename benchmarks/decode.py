@@ -2,9 +2,9 @@
 
 Peers, in this process: the same model without a cache (its first tokens); transformers' own `generate` on a bare
 Llama of the same depth, widths and prompt length, which has no pictures to embed; and reading the bytes of all weights
-that a token needs, by the faster of two plain reads. All but the uncached run take turns, a whole answer each, and each
-ratio is the median of the rounds'. Weights are random and in float32: PyTorch's bfloat16 vector-matrix
-products on CPUs are no faster (half the bytes at half the rate).
+that a token needs, by the faster of two plain reads. Both `generate` run in greenlets that take turns after every
+token, so that a machine that slows down is slow for both; each ratio is the median of the rounds'. Weights are random
+and in float32: PyTorch's bfloat16 vector-matrix products on CPUs are no faster (half the bytes at half the rate).
 """
 
 import json
@@ -12,10 +12,11 @@ import statistics
 import time
 import timeit
 from collections.abc import Callable
-from itertools import pairwise
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from greenlet import getcurrent, greenlet
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
@@ -50,14 +51,11 @@ def bytes_a_token(model: HovleForConditionalGeneration) -> int:
     return sum(p.numel() * p.element_size() for p in read if p is not unused)
 
 
-class Ticks(BaseStreamer):
-    """Calls `tick` with the prompt and with every token."""
-
-    def __init__(self, tick: Callable[[], None]):
-        self.tick = tick
+class Turns(BaseStreamer):
+    """Lets the others go on after the prompt and after every token."""
 
     def put(self, value: Any) -> None:
-        self.tick()
+        getcurrent().parent.switch()
 
     def end(self) -> None:
         pass
@@ -68,13 +66,38 @@ def generate(model: PreTrainedModel, tokens: int = NEW, **inputs: Any) -> torch.
     return model.generate(**inputs, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
 
 
-def timed(model: PreTrainedModel, **inputs: Any) -> tuple[float, float, torch.Tensor]:
-    """Seconds of a whole `generate`, of its median token behind the first, and the tokens."""
-    ticks = [time.perf_counter()]
-    tokens = generate(model, **inputs, streamer=Ticks(lambda: ticks.append(time.perf_counter())))
-    whole = time.perf_counter() - ticks[0]
-    # Turn 0 is what generate does before the prompt, turn 1 the prompt and the first token.
-    return whole, statistics.median(b - a for a, b in pairwise(ticks[2:])), tokens
+@dataclass
+class Answer:
+    """Seconds of each turn: what `generate` does before the prompt, the prompt and the first token, then the others."""
+
+    work: greenlet
+    turns: list[float] = field(default_factory=list)
+    tokens: torch.Tensor | None = None
+
+    def go_on(self) -> None:
+        start = time.perf_counter()
+        self.tokens = self.work.switch()
+        self.turns.append(time.perf_counter() - start)
+
+    @property
+    def whole(self) -> float:
+        return sum(self.turns)
+
+    @property
+    def token(self) -> float:
+        return statistics.median(self.turns[2:-1])
+
+
+@torch.no_grad()  # of all greenlets: it is the thread's
+def in_turns(runs: dict[str, tuple[PreTrainedModel, dict[str, Any]]]) -> dict[str, Answer]:
+    answers = {
+        name: Answer(greenlet(lambda model=model, inputs=inputs: generate(model, **inputs, streamer=Turns())))
+        for name, (model, inputs) in runs.items()
+    }
+    while going := [answer for answer in answers.values() if not answer.work.dead]:
+        for answer in going:
+            answer.go_on()
+    return answers
 
 
 def reading(weights: torch.Tensor) -> float:
@@ -95,40 +118,40 @@ def main() -> None:
     }
     text = {"input_ids": torch.randint(1, IMAGE_TOKEN, (1, PROMPT))}
     weights = torch.ones(bytes_a_token(model) // 4 // 4096, 4096)
-    runs: dict[str, list[tuple[float, float, torch.Tensor]]] = {"hovle": [], "transformers": []}
-    reads = []
-    for _ in range(ROUNDS):
-        runs["hovle"].append(timed(model, **pictures))
-        runs["transformers"].append(timed(bare, **text))
+    runs: dict[str, tuple[PreTrainedModel, dict[str, Any]]] = {
+        "hovle": (model, pictures),
+        "transformers": (bare, text),
+    }
+    rounds, reads = [], []
+    for number in range(ROUNDS):
+        names = list(runs) if number % 2 else list(reversed(runs))
+        rounds.append(in_turns({name: runs[name] for name in names}))
         reads.append(reading(weights))
-    # A machine that slows down for a round is slow for all of it.
-    whole, step = (
-        {name: statistics.median(run[i] for run in found) for name, found in runs.items()} for i in (0, 1)
-    )
+    whole = {name: statistics.median(answers[name].whole for answers in rounds) for name in runs}
+    token = {name: statistics.median(answers[name].token for answers in rounds) for name in runs}
     bound = statistics.median(reads)
     start = time.perf_counter()
     uncached = generate(model, NEW_UNCACHED, **pictures, use_cache=False)
     without_cache = (time.perf_counter() - start) / NEW_UNCACHED
-    assert torch.equal(uncached, runs["hovle"][0][2][:, : PROMPT + NEW_UNCACHED]), (
-        "cached and uncached tokens differ"
-    )
+    cached = rounds[0]["hovle"].tokens
+    assert cached is not None
+    assert torch.equal(uncached, cached[:, : PROMPT + NEW_UNCACHED]), "cached and uncached tokens differ"
     print(
         f"{torch.get_num_threads()} threads, {weights.nbytes >> 20} MiB of weights a token; ms a token: "
-        f"{ {name: round(1e3 * s, 1) for name, s in step.items()} }, reading the weights {1e3 * bound:.1f}; "
+        f"{ {name: round(1e3 * s, 1) for name, s in token.items()} }, reading the weights {1e3 * bound:.1f}; "
         f"tokens/s with the prompt: hovle {NEW / whole['hovle']:.2f}, "
         f"transformers {NEW / whole['transformers']:.2f}, without cache {1 / without_cache:.2f}"
     )
 
-    def ratio(i: int) -> float:
-        pairs = zip(runs["transformers"], runs["hovle"], strict=True)
-        return round(statistics.median(theirs[i] / ours[i] for theirs, ours in pairs), 3)
+    def ratio(measure: Callable[[Answer], float]) -> float:
+        return round(statistics.median(measure(r["transformers"]) / measure(r["hovle"]) for r in rounds), 3)
 
     result = {
         "benchmark": "decode",
         "ratio_no_cache": round(without_cache * NEW / whole["hovle"], 1),
-        "ratio_transformers": ratio(0),
-        "ratio_transformers_after_prompt": ratio(1),
-        "share_of_bandwidth_bound": round(bound / step["hovle"], 3),
+        "ratio_transformers": ratio(lambda answer: answer.whole),
+        "ratio_transformers_after_prompt": ratio(lambda answer: answer.token),
+        "share_of_bandwidth_bound": round(bound / token["hovle"], 3),
     }
     print(json.dumps(result))
 

@@ -28,6 +28,7 @@ from PIL import Image
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hovle_core.openmp import SPINS
 from hovle_core.plugins import load_plugins
 from hovle_core.testing import tiny_tokenizer
 from hovle_data.quarantine import Ledger
@@ -36,7 +37,6 @@ from hovle_data.shards import write_shards
 from hovle_train.freeze import set_train_mode
 from hovle_train.loop import Trainer
 from hovle_train.metrics import read_metrics
-from hovle_train.ray_trainer import SPINS
 from hovle_train.recipe_file import parse_recipe
 from hovle_train.runtime import Runtime
 
