@@ -301,16 +301,9 @@ def test_distilled_text_is_as_long_as_the_llms_own(make_recipe, plugins, tmp_pat
     torch.testing.assert_close(heads[0], heads[1], atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("data", "resources", "prefetch"),
-    [
-        ({}, {}, 0),  # the model computes on the cores that a reading thread would take
-        ({"prefetch_steps": 3}, {}, 3),
-        ({}, {"teacher_pool": {"actors": 1}}, 2),  # others compute the features, and must be kept busy
-    ],
-)
-def test_what_is_read_ahead_and_kept_is_what_the_recipe_says(make_recipe, plugins, data, resources, prefetch):
-    recipe = make_recipe("distillation", data={**data, "tile_cache_gib": 0.25}, resources=resources)
+@pytest.mark.parametrize(("data", "prefetch"), [({}, 2), ({"prefetch_steps": 0}, 0)])
+def test_what_is_read_ahead_and_kept_is_what_the_recipe_says(make_recipe, plugins, data, prefetch):
+    recipe = make_recipe("distillation", data={**data, "tile_cache_gib": 0.25})
     trainer = Trainer(recipe, plugins, Runtime())
     trainer.prepare()
     loader = trainer.loader(Ledger())

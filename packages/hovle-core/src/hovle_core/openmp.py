@@ -1,6 +1,23 @@
-"""How idle OpenMP threads wait; libgomp reads it once, when torch is imported, so torch is not imported here."""
+"""How idle OpenMP threads wait on CPUs; torch is not imported here, because libgomp reads it once, with torch."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
 
 # For `GOMP_SPINCOUNT`, of a process alone on its cores: iterations that an idle thread waits awake, about 5 ms. That is
 # longer than the gaps between a step's operations, whose wake-ups cost more than many an operation itself, and short
 # beside what another process would have to wait.
 SPINS = "100000"
+
+
+def in_passing_thread(function: Callable[[], T]) -> T:
+    """What `function` returns or raises, run in a thread that ends with it.
+
+    libgomp keeps helper threads for every thread that ever computed in parallel, and once they are more than the cores
+    together, all of them sleep at once whatever SPINS says. So what computes once, such as loading a model, does it in
+    a thread that takes its helpers along, where another thread computes from then on.
+    """
+    with ThreadPoolExecutor(1, "hovle-passing") as thread:
+        return thread.submit(function).result()

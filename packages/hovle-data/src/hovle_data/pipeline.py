@@ -59,9 +59,9 @@ class Loader(_Closing):
     max_tokens, max_tiles: budgets of one packed batch.
     num_threads: that run `stream.get` at a time; results keep the order of the positions, so their number
         changes nothing.
-    prefetch: steps prepared ahead of the consumer, by a thread; with 0 a step is prepared when it is asked for. That
-        suits training on the CPU itself: a thread that reads beside it takes Python's lock from it and a core from its
-        matmuls, and hides little (benchmarks/cpu_steps.py).
+    prefetch: steps prepared ahead of the consumer, by a thread; with 0 a step is prepared when it is asked for. The
+        thread computes in NumPy and Pillow, not in torch, whose parallel operations would have OpenMP's threads sleep
+        beside it (`hovle_core.openmp`).
     """
 
     def __init__(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hovle_core.openmp import in_passing_thread
 from hovle_serve.access import Access, KeyLimits
 from hovle_serve.media import MediaFetcher, parsed_host
 from hovle_serve.protocol import Limits
@@ -84,15 +85,18 @@ def build_app(config: ServeConfig) -> "FastAPI":
     from hovle_serve.chat import load
     from hovle_serve.engine import Engine
 
-    model, processor = load(config.model)
-    engine = Engine(
-        model,
-        processor,
-        config.max_batch,
-        config.max_cache_tokens,
-        config.max_queue,
-        config.max_prefix_tokens,
-    )
+    def start() -> Engine:
+        model, processor = load(config.model)
+        return Engine(
+            model,
+            processor,
+            config.max_batch,
+            config.max_cache_tokens,
+            config.max_queue,
+            config.max_prefix_tokens,
+        )
+
+    engine = in_passing_thread(start)  # the engine's own thread computes from here on
     media = MediaFetcher(config.image_hosts) if config.image_hosts else None
     return create_app(engine, config.served_name, access, config.limits, media)
 

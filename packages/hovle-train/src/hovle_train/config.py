@@ -117,9 +117,8 @@ class DataConfig(Section):
     text_tokens: tuple[Annotated[int, Field(ge=1)], int] = Field((16, 64), strict=False)
     # A run fails above this share of unreadable samples.
     max_quarantine_share: float = Field(0.01, ge=0, le=1)
-    # Steps that a thread prepares ahead. "auto": 2, and none where the model computes on the CPU, which both want;
-    # with a teacher pool 2 there, too, or the teachers would stand idle.
-    prefetch_steps: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    # Steps that a thread prepares ahead, which changes no result; 0: each is prepared when it is its turn.
+    prefetch_steps: int = Field(2, ge=0)
     # Of each worker's memory, for tiles of pictures that come again: small sets, many questions about one picture.
     tile_cache_gib: float = Field(0, ge=0)
     # Threads that read and encode samples; their number changes no result.

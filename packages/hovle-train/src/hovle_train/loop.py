@@ -126,6 +126,7 @@ class Trainer:
         """The steps from `first` to the last."""
         window, timeout = Window(), self.recipe.resources.step_timeout_s
         stacks = self.recipe.path / STACKS
+        set_train_mode(self.module)
         with (
             Watchdog(stacks, self.runtime, timeout) as watchdog,
             loader.iterate(first, self.recipe.train.steps, self.data_state) as batches,
@@ -214,10 +215,6 @@ class Trainer:
 
     def loader(self, ledger: Ledger) -> Loader:
         train, data = self.recipe.train, self.recipe.data
-        prefetch = data.prefetch_steps
-        if prefetch == "auto":
-            alone = self.runtime.device.type == "cpu" and self.recipe.resources.teacher_pool is None
-            prefetch = 0 if alone else 2
         common: dict[str, Any] = {
             "stream": self.stage.stream(self.processor, ledger),
             "max_tokens": train.micro_batch_tokens,
@@ -225,14 +222,14 @@ class Trainer:
             "rank": self.runtime.rank,
             "world_size": self.runtime.world_size,
             "num_threads": data.num_threads,
-            "prefetch": prefetch,
+            "prefetch": data.prefetch_steps,
         }
         if train.global_batch_rows is not None:
             return RowLoader(global_batch_rows=train.global_batch_rows, **common)
         assert train.global_batch_size is not None  # the recipe has one of the two
         if self.recipe.resources.balance and self.runtime.world_size > 1:
             # A loader holds its prefetched steps, one in hand, and the one that trains.
-            self.balance = Balance(self.runtime, train.global_batch_size, ahead=prefetch + 2)
+            self.balance = Balance(self.runtime, train.global_batch_size, ahead=data.prefetch_steps + 2)
             return BalancedLoader(self.balance, global_batch_size=train.global_batch_size, **common)
         return StepLoader(global_batch_size=train.global_batch_size, **common)
 
@@ -248,7 +245,6 @@ class Trainer:
     def step(self, step: int, micro_batches: Sequence[PackedBatch]) -> dict[str, float]:
         """One optimizer step over this rank's share of the global batch; returns what to log, reduced over ranks."""
         torch.manual_seed(hash64("step", self.recipe.seed, step, self.runtime.rank) % 2**63)
-        set_train_mode(self.module)
         if self.drop_path is not None:
             self.drop_path.set_step(step)
         totals = self.count_targets(micro_batches)
