@@ -11,6 +11,9 @@ Measured in turns, so that a machine that slows down is slow for all:
 Ratios are of one round, and the median round counts. Tokens are those that a peer says it wrote. Weights are random, in
 float32; no token ends an answer early. Every round has prompts of its own, so that no prefix of the round before is
 reused. `--rounds N`, `--seconds S` (no round begins later), `--skip-transformers`.
+
+OpenMP's threads wait alike in all peers, as `hovle serve` has them wait (`hovle_core.openmp`); this process computes in
+threads that end, so that the engine's find the cores as theirs alone as the server's do.
 """
 
 import argparse
@@ -41,6 +44,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hovle_core import HolisticEmbeddingConfig, HovleForConditionalGeneration
 from hovle_core.image_processor import HovleImageProcessor
 from hovle_core.images import decode_image
+from hovle_core.openmp import SPINS, in_passing_thread
 from hovle_core.processor import IMAGE_CONTEXT, Encoded, HovleProcessor
 from hovle_core.testing import tiny_tokenizer
 from hovle_serve.engine import Engine, Request
@@ -90,6 +94,10 @@ def write_models(folder: Path) -> None:
     processor.save_pretrained(folder / "hovle")
     llama(BLOCKS + LAYERS).save_pretrained(folder / "llm")
     tokenizer.save_pretrained(folder / "llm")
+
+
+def load_model(path: str) -> HovleForConditionalGeneration:
+    return HovleForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
 
 
 def picture(rng: random.Random) -> str:
@@ -145,7 +153,7 @@ def one_by_one(
     return tokens
 
 
-def in_engine(engine: Engine, processor: HovleProcessor, bodies: Sequence[Body]) -> int:
+def in_engine(model: HovleForConditionalGeneration, processor: HovleProcessor, bodies: Sequence[Body]) -> int:
     """One thread prepares prompts while the first ones are answered, as in the server."""
     ended: SimpleQueue[Any] = SimpleQueue()
 
@@ -153,9 +161,10 @@ def in_engine(engine: Engine, processor: HovleProcessor, bodies: Sequence[Body])
         if isinstance(piece, Exception) or piece.finish_reason is not None:
             ended.put(piece)
 
-    for body in bodies:
-        engine.submit(Request(encoded(processor, body), Sampling(body["max_tokens"]), deliver))
-    pieces = [ended.get() for _ in bodies]
+    with Engine(model, processor) as engine:
+        for body in bodies:
+            engine.submit(Request(encoded(processor, body), Sampling(body["max_tokens"]), deliver))
+        pieces = [ended.get() for _ in bodies]
     if failed := [piece for piece in pieces if isinstance(piece, Exception)]:
         raise failed[0]
     return sum(piece.completion_tokens for piece in pieces)
@@ -301,22 +310,21 @@ def main() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_models(folder)
+        in_passing_thread(lambda: write_models(folder))
         path = str(folder / "hovle")
-        model = HovleForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+        model = in_passing_thread(lambda: load_model(path))
         processor = HovleProcessor.from_pretrained(path)
         command = [sys.executable, "-m", "hovle_core.cli", "serve", path, "--port", "0"]
         with server(command, r"serving \S+ on http://127.0.0.1:(\d+)") as port:
             usage = {"stream_options": {"include_usage": True}}
             served = Served(port, "hovle", **usage)
-            with Engine(model, processor) as engine:
-                peers = {
-                    "generate": lambda bodies: one_by_one(model, processor, bodies),
-                    "engine": lambda bodies: in_engine(engine, processor, bodies),
-                    "hovle serve": served.run,
-                }
-                half = start + args.seconds / 2
-                speed = in_turns(peers, args.rounds, pictures=True, until=half)
+            peers = {
+                "generate": lambda bodies: in_passing_thread(lambda: one_by_one(model, processor, bodies)),
+                "engine": lambda bodies: in_engine(model, processor, bodies),
+                "hovle serve": served.run,
+            }
+            half = start + args.seconds / 2
+            speed = in_turns(peers, args.rounds, pictures=True, until=half)
             if not args.skip_transformers:
                 text = Served(port, "hovle", **usage)
                 speed |= against_transformers(folder, text, args.rounds, start + args.seconds)
@@ -337,4 +345,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if "GOMP_SPINCOUNT" not in os.environ:  # it is read when torch is imported
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GOMP_SPINCOUNT": SPINS})
     main()
