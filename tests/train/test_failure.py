@@ -192,6 +192,19 @@ def test_a_rank_that_waits_for_others_is_not_the_one_that_hangs():
     assert place_of(f"Timeout!\n{other}\n{waits}{frames}") is None
     assert place_of(f"Timeout!\n{other}\n{reads}{frames}") == "/x/queue.py:7 in get"
     assert place_of(other) is None
+    # Who waits for data hangs where its reader does; a reader with threads waits for them.
+    waits = f'{reads}  File "/x/hovle_data/pipeline.py", line 1 in __next__\n{frames}'
+    pool = (
+        'Thread 0x4 (most recent call first):\n  File "/x/threading.py", line 5 in wait\n'
+        '  File "/x/concurrent/futures/_base.py", line 6 in result\n'
+        '  File "/x/hovle_data/pipeline.py", line 2 in _run\n'
+    )
+    nfs = (
+        'Thread 0x5 (most recent call first):\n  File "/x/io.py", line 8 in read\n'
+        '  File "/x/hovle_data/tars.py", line 3 in get\n'
+    )
+    assert place_of(f"Timeout!\n{other}\n{waits}\n{nfs}") == "/x/io.py:8 in read"
+    assert place_of(f"Timeout!\n{pool}\n{waits}\n{nfs}") == "/x/io.py:8 in read"
 
 
 def test_a_run_that_ends_well_leaves_no_stacks(make_recipe, plugins, whole, tmp_path):

@@ -5,7 +5,9 @@ import logging
 from types import ModuleType
 
 import pytest
+import yaml
 
+from hovle_core.cli import main
 from hovle_core.hookspecs import hookimpl
 from hovle_core.plugins import load_plugins
 from hovle_train.loop import Trainer
@@ -66,6 +68,23 @@ def test_a_run_outlives_an_observer(make_recipe, observed, caplog):
 def test_wrong_settings_are_refused_before_the_run(observers, message, make_recipe, plugins):
     with pytest.raises(ValueError, match=message):
         Trainer(make_recipe("alignment", observers=observers), plugins, Runtime())
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--print-config", "--local"])
+def test_wrong_settings_of_a_late_stage_are_refused_before_the_first(make_recipe, tmp_path, capsys, option):
+    first = make_recipe("distillation").model_dump(mode="json", exclude_unset=True)
+    common = {name: first.pop(name) for name in ("optim", "train")}
+    first = {name: first[name] for name in ("model", "data")} | {
+        "stage": {"options": first["stage"]["options"]}
+    }
+    last = {"data": {"sources": [{"path": "anywhere"}]}, "observers": {"wandb": {"projct": "x"}}}
+    pipeline = {"run_dir": str(tmp_path / "runs"), "common": common,
+                "stages": {"distillation": first, "alignment": last}}  # fmt: skip
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(yaml.safe_dump(pipeline))
+    assert main(["train", str(path), option]) == 2
+    assert "observers.wandb has no 'projct'" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_settings_of_a_plugin_that_observes_nothing_are_refused(make_recipe, plugins):

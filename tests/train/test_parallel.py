@@ -116,6 +116,9 @@ def test_two_ranks_with_fsdp2_are_one_process(make_recipe, plugins, tmp_path):
         raw = run.model_dump() | {"parallel": {}, "run_dir": str(tmp_path / f"{stage}-alone")}
         alone = parse_recipe(raw)
         run_here(alone, plugins)
+        assert read_summary(run.path)["tokens"] == read_summary(alone.path)["tokens"], (
+            "of all ranks and starts"
+        )
         assert_same_run(run, alone, *TOLERANCE[stage], steps=2 if stage == "alignment" else None)
     assert weights(moved, "final_ema").keys() == weights(moved).keys()
 

@@ -95,6 +95,29 @@ def test_what_is_printed_is_the_same_pipeline(pipeline_file, plugins, tmp_path, 
     assert again.recipes["alignment"].optim.lr == 7e-4
 
 
+def test_each_stage_has_copies_of_its_own(pipeline_file, plugins, tmp_path):
+    """Under what is common as under run_dir; where a stage says it itself, as it is said."""
+    overrides = ["common.train.storage_path=s3://bucket/mine/", "alignment.train.storage_path=s3://elsewhere"]
+    pipeline = load_pipeline(pipeline_file, overrides, plugins.registry)
+    assert [recipe.train.storage_path for recipe in pipeline.recipes.values()] == [
+        "s3://bucket/mine/language_modeling",
+        "s3://bucket/mine/distillation",
+        "s3://elsewhere",
+        "s3://bucket/mine/instruction_tuning",
+    ]
+    (tmp_path / "printed.yaml").write_text(pipeline.to_yaml())
+    assert load_pipeline(tmp_path / "printed.yaml", [], plugins.registry) == pipeline, (
+        "no label is added twice"
+    )
+
+
+def test_two_stages_with_one_place_for_copies_are_refused(pipeline_file, plugins, tmp_path):
+    for first, second in (("s3://a/b", "s3://a/b/"), (str(tmp_path / "x"), str(tmp_path / "y" / ".." / "x"))):
+        overrides = [f"distillation.train.storage_path={first}", f"alignment.train.storage_path={second}"]
+        with pytest.raises(ValueError, match="distillation and alignment have one train.storage_path, "):
+            load_pipeline(pipeline_file, overrides, plugins.registry)
+
+
 def test_a_label_stands_for_what_an_earlier_stage_leaves(pipeline_file, plugins, tmp_path):
     overrides = ["instruction_tuning.model.init_from=distillation"]
     tuning = load_pipeline(pipeline_file, overrides, plugins.registry).recipes["instruction_tuning"]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hovle_core.roles import TeacherEncoder
 from hovle_train import teacher_pool
-from hovle_train.teacher_pool import TILES_A_CALL, PooledTeacher, Teacher
+from hovle_train.teacher_pool import TILES_A_CALL, PooledTeacher, Teacher, _name
 
 
 class Colours(TeacherEncoder):
@@ -83,6 +83,18 @@ def test_a_step_is_few_calls_and_the_features_are_a_samples_own(actors, order):
     assert not pool._asked
     assert not pool._waiting
     assert sum(len(actor.calls) for actor in actors) == 4
+
+
+def test_a_tile_of_two_steps_comes_from_its_own_step_s_call_each_time(actors):
+    """However far ahead was read: a teacher's last bits depend on what else is in a call."""
+    pool, (one, *others) = PooledTeacher(["a", "b"], samples_per_step=2), samples(4)
+    asked = [one, others[0], one, others[1]]
+    for k, sample in enumerate([*asked, others[2]]):
+        pool.ask(k, sample)  # both steps are sent before the first is taken
+    sent = [answer for answer, _ in pool._asked[_name(as_tiles([one])[0].numpy())]]
+    assert len(set(sent)) == 2
+    for step in range(2):
+        assert pool._take(_name(as_tiles([one])[0].numpy()))[0] is sent[step]
 
 
 def test_tiles_asked_for_twice_and_never(actors):

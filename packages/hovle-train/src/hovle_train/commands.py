@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-from hovle_train.runs import CHECKPOINTS, PIPELINE_FILE, is_finished, read_summary
+from hovle_train.runs import CHECKPOINTS, PIPELINE_FILE, Run, is_finished, read_summary
 
 if TYPE_CHECKING:  # `hovle --help` builds the parsers: what is heavy is imported when a command runs
     from rich.console import Console
@@ -46,8 +46,10 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_train(args: argparse.Namespace) -> int:
     from hovle_train.lineage import check_run
+    from hovle_train.observers import Observers
     from hovle_train.pipeline import Pipeline
     from hovle_train.ray_trainer import check_local
+    from hovle_train.storage import RemoteRun
 
     plugins: HovlePlugins = args.plugins
     job = load(args, plugins.registry)
@@ -55,6 +57,9 @@ def run_train(args: argparse.Namespace) -> int:
     for recipe in recipes.values():
         # A stage's options, and what it does not read, are errors here already.
         plugins.registry.build("stage", recipe.stage.name, recipe=recipe, registry=plugins.registry)
+        Observers(plugins, Run(recipe.path, recipe.stage.name, recipe.model_dump(mode="json")))
+        if recipe.train.storage_path:
+            RemoteRun(recipe.train.storage_path)
         if args.local and not args.print_config and not is_finished(recipe.path):
             check_local(recipe)
     if args.print_config:

@@ -20,7 +20,7 @@ from hovle_train.checkpoint import sync_folder
 from hovle_train.failure import NonFiniteError
 from hovle_train.lineage import parent_of, weights_hash
 from hovle_train.metrics import read_metrics
-from hovle_train.runs import FINAL, FINAL_EMA, METRICS_FILE, REJECTED, RUN_CARD, SUMMARY_FILE
+from hovle_train.runs import CHECKPOINTS, FINAL, FINAL_EMA, METRICS_FILE, REJECTED, RUN_CARD, SUMMARY_FILE
 from hovle_train.wrappers import unwrap_model
 
 if TYPE_CHECKING:
@@ -74,32 +74,46 @@ def export_final(trainer: "Trainer") -> None:
     only resuming needed.
 
     Raises NonFiniteError for weights that are not finite, which leaves the checkpoints as they are, and LanguageLost
-    for a checkpoint that cost the model its language; it is then in `rejected/`.
+    for a checkpoint that cost the model its language; it is then in `rejected/`, with its average.
     """
     if not trainer.runtime.is_main:
         return
     check_weights(trainer.module.named_parameters())
-    folder, ema = trainer.recipe.path, trainer.recipe.optim.ema
-    if trainer.averages is not None and ema is not None:
-        # Beside: a stage's export may change what it is given, and the weights are still to come.
-        averaged = copy.deepcopy(trainer.module) if ema.export == "beside" else trainer.module
-        write_averages(trainer.averages, averaged)
-        if ema.export == "beside":
-            _write(trainer, averaged, folder / FINAL_EMA)
+    folder = trainer.recipe.path
     temporary = folder / f".{FINAL}-{os.getpid()}"
-    card = _write(trainer, trainer.module, temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        trainer.gate.check(card["language"])
-    except ValueError:
-        shutil.rmtree(folder / REJECTED, ignore_errors=True)
-        os.replace(temporary, folder / REJECTED)
-        raise
-    write_json(folder / SUMMARY_FILE, card)
-    os.replace(temporary, folder / FINAL)
-    shutil.rmtree(trainer.checkpoints, ignore_errors=True)
+        card = _write_all(trainer, temporary)
+        try:
+            trainer.gate.check(card["language"])
+        except ValueError:
+            _reject(temporary, folder)
+            raise
+        write_json(folder / SUMMARY_FILE, card)
+        finish(temporary / FINAL, temporary / FINAL_EMA, folder)
+    finally:  # also behind a full disk: give back what was taken
+        shutil.rmtree(temporary, ignore_errors=True)
     trainer.observers.on_checkpoint(trainer.recipe.train.steps - 1, folder / FINAL)
     if trainer.observers.errors:
         write_json(folder / SUMMARY_FILE, {**card, "observer_errors": trainer.observers.errors})
+
+
+def finish(weights: Path, average: Path, run_dir: Path) -> None:
+    """Move a whole checkpoint, and its average if there is one, to where a finished run has them. `final/` is the last:
+    with it the run is finished."""
+    if average.is_dir():
+        shutil.rmtree(run_dir / FINAL_EMA, ignore_errors=True)
+        os.replace(average, run_dir / FINAL_EMA)
+    os.replace(weights, run_dir / FINAL)
+    shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)
+
+
+def _reject(temporary: Path, run_dir: Path) -> None:
+    """The average goes inside of `rejected/`, where nobody takes it for a finished run's."""
+    if (temporary / FINAL_EMA).is_dir():
+        os.replace(temporary / FINAL_EMA, temporary / FINAL / FINAL_EMA)
+    shutil.rmtree(run_dir / REJECTED, ignore_errors=True)
+    os.replace(temporary / FINAL, run_dir / REJECTED)
 
 
 def check_weights(named: Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -113,21 +127,28 @@ def check_weights(named: Iterable[tuple[str, nn.Parameter]]) -> None:
         )
 
 
+def _write_all(trainer: "Trainer", folder: Path) -> dict[str, Any]:
+    """Write `final/`, and `final_ema/` where asked, into `folder`; returns the card of `final/`."""
+    ema = trainer.recipe.optim.ema
+    if trainer.averages is not None and ema is not None:
+        # Beside: a stage's export may change what it is given, and the weights are still to come.
+        averaged = copy.deepcopy(trainer.module) if ema.export == "beside" else trainer.module
+        write_averages(trainer.averages, averaged)
+        if ema.export == "beside":
+            _write(trainer, averaged, folder / FINAL_EMA)
+    return _write(trainer, trainer.module, folder / FINAL)
+
+
 def _write(trainer: "Trainer", module: nn.Module, folder: Path) -> dict[str, Any]:
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    try:
-        unwrap_model(trainer.plugins, module, trainer.recipe.model.wrappers, folder)
-        trainer.stage.export(module, trainer.processor, folder)
-        card = summary(trainer) | {
-            "weights": weights_hash(str(folder)),
-            "language": trainer.gate.measure_after(folder),
-        }
-        (folder / RUN_CARD).write_text(json.dumps(card, indent=1))
-        sync_folder(folder)
-    except BaseException:  # a full disk: give back what was taken
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    unwrap_model(trainer.plugins, module, trainer.recipe.model.wrappers, folder)
+    trainer.stage.export(module, trainer.processor, folder)
+    card = summary(trainer) | {
+        "weights": weights_hash(str(folder)),
+        "language": trainer.gate.measure_after(folder),
+    }
+    (folder / RUN_CARD).write_text(json.dumps(card, indent=1))
+    sync_folder(folder)
     return card
 
 

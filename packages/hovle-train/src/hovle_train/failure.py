@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -192,13 +192,21 @@ class Watchdog:
 
 
 def place_of(stacks: str) -> str | None:
-    """Where the thread that trains is, `file:line in function`, of faulthandler's text; None if it waits for others."""
-    for thread in stacks.split("\n\n"):
-        frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', thread)
-        if not any(file.endswith("hovle_train/loop.py") for file, _, _ in frames):
-            continue
-        if any("torch/distributed/" in file for file, _, _ in frames):
-            return None
-        file, line, function = frames[0]
-        return f"{file}:{line} in {function}"
-    return None
+    """Where the thread that trains is, `file:line in function`, of faulthandler's text, or what reads for it if it
+    waits for data; None if it waits for others."""
+    threads = [re.findall(r'File "([^"]+)", line (\d+) in (\S+)', thread) for thread in stacks.split("\n\n")]
+    trains = next((frames for frames in threads if _is_in(frames, "hovle_train/loop.py")), None)
+    if trains is None or _is_in(trains, "torch/distributed/"):
+        return None
+    if _is_in(trains, "hovle_data/pipeline.py"):
+        readers = [
+            frames for frames in threads if frames is not trains and _is_in(frames, "hovle_data/")
+        ]  # the producer, and the threads that it waits for if it has some
+        busy = [frames for frames in readers if not _is_in(frames[:2], "concurrent/futures/")]
+        trains = next(iter(busy or readers), trains)
+    file, line, function = trains[0]
+    return f"{file}:{line} in {function}"
+
+
+def _is_in(frames: Sequence[tuple[str, str, str]], path: str) -> bool:
+    return any(path in file for file, _, _ in frames)

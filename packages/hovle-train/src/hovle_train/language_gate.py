@@ -7,8 +7,6 @@ checkpoints as they lie on disk, so that it is the released model's, however tra
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,11 @@ from hovle_core.registry import Registry
 from hovle_train.build import build_llm, build_processor, build_tokenizer
 from hovle_train.config import LanguageConfig, Recipe, Source
 from hovle_train.evaluate import perplexity
-from hovle_train.export import write_json
-from hovle_train.lineage import absolute, check_same, parent_of
+from hovle_train.export import finish, write_json
+from hovle_train.lineage import absolute, check_finished, check_same, parent_of
 from hovle_train.runs import (
-    CHECKPOINTS,
     FINAL,
+    FINAL_EMA,
     LANGUAGE_FILE,
     REJECTED,
     RUN_CARD,
@@ -37,6 +35,7 @@ from hovle_train.runs import (
     resolve_checkpoint,
 )
 from hovle_train.runtime import Runtime
+from hovle_train.storage import RemoteRun
 
 Perplexities = dict[str, float]
 # Of the `language` section, what perplexities depend on.
@@ -180,13 +179,18 @@ def _texts_of(recipe: Recipe) -> dict[str, Any] | None:
 
 def reconsider(recipe: Recipe) -> None:
     """Judge a rejected checkpoint by the recipe's bounds as they are now: it becomes the finished run, or LanguageLost
-    is raised once more. Does nothing where none was rejected."""
+    is raised once more. Does nothing where none was rejected, except that a finished run that was to be copied is, if a
+    failure or its rejection kept it from that."""
     rejected = recipe.path / REJECTED
-    if is_finished(recipe.path) or not (rejected / RUN_CARD).is_file():
-        return
-    card = json.loads((rejected / RUN_CARD).read_text())
-    check_same(card["recipe"], recipe, f"rejected checkpoint {rejected}")
-    check(card["language"], recipe)
-    write_json(recipe.path / SUMMARY_FILE, card)
-    os.replace(rejected, recipe.path / FINAL)
-    shutil.rmtree(recipe.path / CHECKPOINTS, ignore_errors=True)
+    if not is_finished(recipe.path):
+        if not (rejected / RUN_CARD).is_file():
+            return
+        card = json.loads((rejected / RUN_CARD).read_text())
+        check_same(card["recipe"], recipe, f"rejected checkpoint {rejected}")
+        check(card["language"], recipe)
+        write_json(recipe.path / SUMMARY_FILE, card)
+        finish(rejected, rejected / FINAL_EMA, recipe.path)
+    if recipe.train.storage_path:
+        check_finished(recipe)
+        if read_summary(recipe.path)["recipe"]["train"].get("storage_path"):
+            RemoteRun(recipe.train.storage_path).push_final(recipe.path)

@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from hovle_core import runs
 from hovle_core.registry import Registry
 from hovle_train.checkpoint import complete_checkpoints, read_state
@@ -50,7 +52,16 @@ def differences(saved: dict[str, Any], recipe: Recipe) -> list[str]:
 
 def check_same(saved: dict[str, Any], recipe: Recipe, what: str) -> None:
     """Raise ValueError naming the fields in which `what` was made by another recipe."""
-    if found := differences(saved, recipe):
+    try:
+        found = differences(saved, recipe)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"{what} was made by another version of hovle-train, whose recipe this one does not read ({field}: "
+            f"{first['msg']}): choose another run_dir, or delete the folder to start afresh"
+        ) from error
+    if found:
         raise ValueError(
             f"{what} was made by another recipe ({'; '.join(found[:5])}): restore it, choose another run_dir, or "
             "delete the folder to start afresh"

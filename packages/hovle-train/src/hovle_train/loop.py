@@ -45,7 +45,15 @@ from hovle_train.metrics import MetricsWriter, Window, truncate_metrics
 from hovle_train.observers import Observers
 from hovle_train.optim import build_optimizers, lr_share, set_lr
 from hovle_train.parallel import Parallel, make_parallel
-from hovle_train.runs import CHECKPOINTS, METRICS_FILE, RECIPE_FILE, STATUS_FILE, Run, is_finished
+from hovle_train.runs import (
+    CHECKPOINTS,
+    METRICS_FILE,
+    RECIPE_FILE,
+    STATUS_FILE,
+    Run,
+    is_finished,
+    remove_leftovers,
+)
 from hovle_train.runtime import Runtime
 from hovle_train.sharded import whole
 from hovle_train.speed import Speed
@@ -95,11 +103,19 @@ class Trainer:
             self._run()
 
     def _run(self) -> None:
+        if self.runtime.is_main:
+            remove_leftovers(self.recipe.path)
+            if self.remote is not None:
+                self.remote.pull_final(self.recipe)
+        self.runtime.barrier()
         if is_finished(self.recipe.path):
             check_finished(self.recipe)
+            if self.remote is not None and self.runtime.is_main:
+                self.remote.push_final(self.recipe.path)  # unless it got there already
             return
         self.started = time.perf_counter()
         self.prepare()
+        self.runtime.barrier()  # rank 0 had more to do; the others' watchdogs start behind it
         first = self.resume()
         ledger = Ledger(
             Ledger.rank_path(self.recipe.path, self.runtime.rank),
@@ -135,7 +151,6 @@ class Trainer:
                 tokens = sum(batch.num_tokens for batch in micro_batches)
                 with self.speed.count_once(tokens):
                     logged = self.step(step, [self.place(batch) for batch in micro_batches])
-                self.tokens += tokens
                 window.add(data_wait_s=data_wait_s, tokens=tokens, steps=1)
                 window.add(samples=sum(len(batch.keys) for batch in micro_batches), **logged)
                 self.fill.add(micro_batches)
@@ -258,9 +273,11 @@ class Trainer:
             self.balance.add(step, tokens, time.perf_counter() - started)
         self.parallel.sync()
         norm = self._gradient_norm()
-        own, stop = sums, {"stop": float(self.runtime.is_main and asked_to_stop(self.recipe.path))}
-        sums = self.runtime.sum(own | stop)
+        own, stop = sums, float(self.runtime.is_main and asked_to_stop(self.recipe.path))
+        tokens = sum(batch.num_tokens for batch in micro_batches)
+        sums = self.runtime.sum(own | {"stop": stop, "tokens": tokens})
         self.stopping = bool(sums.pop("stop"))  # all ranks stop behind the same step
+        self.tokens += int(sums.pop("tokens"))
         keys = [key for batch in micro_batches for key in batch.keys]
         check_finite(step, norm, sums, own, keys, (self.recipe.path, self.runtime))
         set_lr(self.optimizers, lr_share(self.recipe.optim, step, self.recipe.train.steps))
@@ -294,7 +311,13 @@ class Trainer:
         steps = sums.pop("steps")
         tokens, samples, waited = (sums.pop(name) for name in ("tokens", "samples", "data_wait_s"))
         counted = self.runtime.sum(
-            {"tokens": tokens, "samples": samples, "bad": ledger.num_bad, "truncated": ledger.num_truncated}
+            {
+                "tokens": tokens,
+                "samples": samples,
+                "waited": waited,
+                "bad": ledger.num_bad,
+                "truncated": ledger.num_truncated,
+            }
         )
         metrics: dict[str, Any] = {name: value / steps for name, value in sums.items()}
         metrics |= self.fill.measure() | (self.balance.metrics(step) if self.balance is not None else {})
@@ -302,7 +325,7 @@ class Trainer:
             "lr": self.optimizers[0].param_groups[0]["lr"],
             "tokens_per_s": counted["tokens"] / seconds,
             "samples_per_s": counted["samples"] / seconds,
-            "data_wait_share": waited / seconds,
+            "data_wait_share": counted["waited"] / self.runtime.world_size / seconds,
             "quarantined": int(counted["bad"]),
             "truncated": int(counted["truncated"]),
         }

@@ -1,7 +1,7 @@
 """Pipelines: stages that run one after the other, each from the checkpoint of the one before.
 
     run_dir: runs/mine                     # each stage's run lies in run_dir/<label>
-    common: {resources: {num_workers: 8}}  # for every stage
+    common: {resources: {num_workers: 8}}  # for every stage; its train.storage_path gets /<label>, too
     stages:                                # label -> a recipe, in the order in which they run
       distillation: {recipe: demo/distillation, optim: {lr: 2.0e-3}}
       alignment: {recipe: alignment.yaml}
@@ -128,6 +128,7 @@ def parse_pipeline(raw: dict[str, Any], overrides: list[str], registry: Registry
         merged = apply_overrides(_merged(label, given, file, registry, path), own[label])
         _start_from_earlier(merged, recipes, registry)
         recipes[label] = parse_recipe(merged, source=f"stage {label!r} of {path}")
+    _check_storage(recipes, path)
     return Pipeline(Path(file.run_dir), recipes)
 
 
@@ -145,9 +146,33 @@ def _merged(
             )
     base = read_recipe(given["recipe"], registry, path.parent)[0] if "recipe" in given else {}
     own = {key: value for key, value in given.items() if key != "recipe"}
-    merged = _merge(_merge(base, file.common), own)
+    merged = _merge(_merge(base, _common_of(label, file)), own)
     merged["run_dir"] = str(Path(file.run_dir) / label)
     return _merge({"stage": {"name": label}}, merged)
+
+
+def _common_of(label: str, file: PipelineFile) -> dict[str, Any]:
+    """What is common, as it is for one stage: copies, like runs, lie in a folder of their own."""
+    train = file.common.get("train")
+    storage = train.get("storage_path") if isinstance(train, dict) else None
+    if not isinstance(storage, str):
+        return file.common
+    return _merge(file.common, {"train": {"storage_path": f"{storage.removesuffix('/')}/{label}"}})
+
+
+def _check_storage(recipes: Mapping[str, Recipe], path: Path) -> None:
+    """Raise ValueError for two stages whose copies would replace each other."""
+    owners: dict[str, str] = {}
+    for label, recipe in recipes.items():
+        storage = recipe.train.storage_path
+        if storage is None:
+            continue
+        place = storage.rstrip("/") if "://" in storage else str(Path(storage).resolve())
+        if (other := owners.setdefault(place, label)) != label:
+            raise ValueError(
+                f"pipeline {path}: {other} and {label} have one train.storage_path, {storage}, and their copies would "
+                "replace each other: give each its own, or say it in common, where each stage's label is added"
+            )
 
 
 def _merge(base: Any, over: Any) -> Any:

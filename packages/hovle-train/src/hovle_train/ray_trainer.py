@@ -26,6 +26,9 @@ from hovle_train.runtime import Runtime
 logger = logging.getLogger(__name__)
 
 ERROR_FILE = "error.json"
+# What the other ranks wait for rank 0 at most before the first step, while it hashes shards, measures a language gate
+# or has a teacher look at all images. Of a step the watchdog takes care (`resources.step_timeout_s`).
+PREPARATION_SECONDS = 24 * 3600
 
 
 class RecipeError(ValueError):
@@ -105,7 +108,9 @@ def run_on_ray(recipe: Recipe) -> None:
     trainer = TorchTrainer(
         _worker,
         train_loop_config={**config, "attempt": attempt},
-        torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if resources.use_gpu else "gloo", timeout_s=PREPARATION_SECONDS
+        ),
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=resources.use_gpu,

@@ -1,6 +1,7 @@
 """The folder of a run: what lies where in it."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ __all__ = [
     "Run",
     "is_finished",
     "read_summary",
+    "remove_leftovers",
     "resolve_checkpoint",
 ]
 
 CHECKPOINTS = "checkpoints"
-# Perplexity of what the stage started from, and where a checkpoint goes that it keeps from being `FINAL`.
+# Perplexity of what the stage started from, and where a checkpoint goes that it keeps from being `FINAL`; in it, under
+# its own name, the average.
 LANGUAGE_FILE, REJECTED = "language.json", "rejected"
 METRICS_FILE = "metrics.jsonl"
 # In the folder that holds the runs of a pipeline: the resolved pipeline.
@@ -55,3 +58,11 @@ class Run:
 def read_summary(run_dir: str | Path) -> dict[str, Any]:
     """What a finished run wrote down about itself. Raises FileNotFoundError where it has not finished."""
     return json.loads((Path(run_dir) / SUMMARY_FILE).read_text())
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Drop what a killed process was about to write: checkpoints under the names that they have until they are whole,
+    each as large as the weights. Only who writes here may call it, and before it does."""
+    for pattern in (f".{FINAL}-*", ".fetching-*", f"{CHECKPOINTS}/.writing-*", f"{CHECKPOINTS}/.fetching-*"):
+        for path in run_dir.glob(pattern):
+            shutil.rmtree(path)

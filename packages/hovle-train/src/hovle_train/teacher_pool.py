@@ -13,6 +13,7 @@ Shapes: N tiles, n tiles of one sample, S tile side in pixels, h x w the teacher
 import hashlib
 import itertools
 import threading
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,8 +94,9 @@ class PooledTeacher(TeacherEncoder):
         self._turn = itertools.cycle(self._actors)
         self._layer_sizes: list[int] = ray.get(self._actors[0].layer_sizes.remote())
         self.feature_size = sum(self._layer_sizes)
-        # Tile -> its call's answer, its row there, and how often it was asked for and not yet taken.
-        self._asked: dict[bytes, tuple[Any, int, int]] = {}
+        # Tile -> its call's answer and its row there, for each time it was asked for and not yet taken. In their order:
+        # a teacher's last bits depend on what else is in a call, and must not on how far ahead was read.
+        self._asked: defaultdict[bytes, deque[tuple[Any, int]]] = defaultdict(deque)
         self._waiting: dict[
             int, np.ndarray
         ] = {}  # position -> tiles [n, 3, S, S] of a step that is being read
@@ -123,9 +125,7 @@ class PooledTeacher(TeacherEncoder):
             sent = tiles[start : start + TILES_A_CALL]
             answer = next(self._turn).features.remote(sent)
             for row, tile in enumerate(sent):
-                name = _name(tile)
-                times = self._asked[name][2] if name in self._asked else 0
-                self._asked[name] = (answer, row, times + 1)
+                self._asked[_name(tile)].append((answer, row))
 
     def grid_features(self, tiles: Tensor) -> Tensor:
         """Features of tiles `[N, 3, S, S]`, `[N, h, w, C]`; those that nobody asked for are computed now."""
@@ -147,10 +147,10 @@ class PooledTeacher(TeacherEncoder):
                 self._send()
             if name not in self._asked:
                 return None
-            answer, row, times = self._asked.pop(name)
-            if times > 1:
-                self._asked[name] = (answer, row, times - 1)
-            return answer, row
+            taken = self._asked[name].popleft()
+            if not self._asked[name]:
+                del self._asked[name]
+            return taken
 
 
 def _name(tile: np.ndarray) -> bytes:
