@@ -1,6 +1,7 @@
 """Threads of OpenMP: which ones a process keeps."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -35,6 +36,21 @@ def test_a_passing_thread_takes_its_helpers_along():
         [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=True
     )
     assert found.stdout.split() == ["0", "1"]
+
+
+def test_ctrl_c_does_not_wait_for_a_passing_thread():
+    code = (
+        "import time; from hovle_core.openmp import in_passing_thread\n"
+        "in_passing_thread(lambda: (print('works', flush=True), time.sleep(600)))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert b"KeyboardInterrupt" in errors
 
 
 def test_a_passing_thread_raises_what_its_function_raises():

@@ -1,7 +1,8 @@
 """How idle OpenMP threads wait on CPUs; torch is not imported here, because libgomp reads it once, with torch."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from threading import Thread
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -19,5 +20,17 @@ def in_passing_thread(function: Callable[[], T]) -> T:
     together, all of them sleep at once whatever SPINS says. So what computes once, such as loading a model, does it in
     a thread that takes its helpers along, where another thread computes from then on.
     """
-    with ThreadPoolExecutor(1, "hovle-passing") as thread:
-        return thread.submit(function).result()
+    found: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(function())
+        except BaseException as error:
+            found.set_exception(error)
+
+    # A daemon, and not joined where Ctrl-C interrupts the waiting: who ends the process does not wait for the work.
+    thread = Thread(target=work, name="hovle-passing", daemon=True)
+    thread.start()
+    result = found.result()
+    thread.join()  # its helpers end with it
+    return result

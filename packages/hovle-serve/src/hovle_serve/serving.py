@@ -85,18 +85,15 @@ def build_app(config: ServeConfig) -> "FastAPI":
     from hovle_serve.chat import load
     from hovle_serve.engine import Engine
 
-    def start() -> Engine:
-        model, processor = load(config.model)
-        return Engine(
-            model,
-            processor,
-            config.max_batch,
-            config.max_cache_tokens,
-            config.max_queue,
-            config.max_prefix_tokens,
-        )
-
-    engine = in_passing_thread(start)  # the engine's own thread computes from here on
+    model, processor = in_passing_thread(lambda: load(config.model))  # the engine's own computes from here on
+    engine = Engine(
+        model,
+        processor,
+        config.max_batch,
+        config.max_cache_tokens,
+        config.max_queue,
+        config.max_prefix_tokens,
+    )
     media = MediaFetcher(config.image_hosts) if config.image_hosts else None
     return create_app(engine, config.served_name, access, config.limits, media)
 
