@@ -1,5 +1,6 @@
 """The API over a real socket: the openai client, curl, and whatever else people send."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -13,6 +14,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import httpx
 import openai
@@ -21,7 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from hovle_serve.answer import Piece, TokenLogprob
 from hovle_serve.chat import ChatSession
+from hovle_serve.completions import Completion
 from hovle_serve.protocol import Limits, RequestError, parse_request
 from hovle_serve.sampling import Sampling
 
@@ -98,8 +102,9 @@ def test_openais_other_fields_are_taken_where_they_ask_for_nothing(serve):
     ))  # fmt: skip
     default = {
         "function_call": "none", "functions": [], "logit_bias": {}, "metadata": {}, "modalities": ["text"],
-        "parallel_tool_calls": True, "prompt_cache_key": "a", "response_format": {"type": "text"},
-        "safety_identifier": "a", "service_tier": "auto", "store": False, "tool_choice": "auto", "tools": [],
+        "parallel_tool_calls": True, "prompt_cache_key": "a", "reasoning_effort": "medium",
+        "response_format": {"type": "text"}, "safety_identifier": "a", "service_tier": "auto", "store": False,
+        "tool_choice": "auto", "tools": [], "verbosity": "medium",
     }  # fmt: skip
     for fields in (null, default):
         assert ask(client, extra_body=fields).choices[0].message.content == expected
@@ -158,6 +163,28 @@ def test_a_stream_is_the_same_answer(serve, fields):
         assert len({choice.message.content for choice in whole.choices}) == 3
         alone = ask(client, messages, **fields | {"n": 1, "seed": 6})
         assert alone.choices[0].message.content == whole.choices[1].message.content
+
+
+def test_a_token_is_spelled_once_however_often_it_is_likely():
+    """A whole answer may list hundreds of thousands, and the event loop is everybody's."""
+    decode = Mock(side_effect=lambda ids: "\ufffd" if ids == [3] else f"<{ids[0]}>")
+    tokens = [TokenLogprob(i % 5, -1.0, ((i % 5, -1.0), (3, float("-inf")))) for i in range(1000)]
+
+    async def pieces():
+        for i, token in enumerate(tokens):
+            yield 0, Piece("a", (token,), i + 1, "length" if i == 999 else None)
+
+    completion = Completion("tiny", Mock(decode=decode), 1, 0, (), 1)
+    content = asyncio.run(completion.whole(pieces()))["choices"][0]["logprobs"]["content"]
+    assert sorted(call.args[0][0] for call in decode.call_args_list) == [0, 1, 2, 3, 4]
+    assert len(content) == 1000
+    assert content[6] == {
+        "token": "<1>", "logprob": -1.0, "bytes": list(b"<1>"),
+        "top_logprobs": [
+            {"token": "<1>", "logprob": -1.0, "bytes": list(b"<1>")},
+            {"token": "\ufffd", "logprob": -9999.0, "bytes": None},
+        ],
+    }  # fmt: skip
 
 
 def test_many_at_once_each_hear_their_own_answer(serve):
@@ -231,8 +258,9 @@ def test_health_and_metrics(serve):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_hanging_up_frees_the_place(serve, stream):
+def test_hanging_up_frees_the_place(serve, model, stream):
     server = serve(max_batch=1)
+    model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
     body = json.dumps({"model": NAME, "messages": HI, "max_tokens": 450, "stream": stream}).encode()
     lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
     head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
@@ -255,7 +283,7 @@ def test_hanging_up_frees_the_place(serve, stream):
 @pytest.mark.parametrize("stream", [True, False])
 def test_the_tokens_of_those_who_hang_up_are_counted_once(serve, model, stream):
     server = serve()
-    model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.005))
+    model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
     prompt = server.post({}).json()["usage"]["prompt_tokens"]
 
     def counted(name: str) -> float:
@@ -278,8 +306,9 @@ def test_the_tokens_of_those_who_hang_up_are_counted_once(serve, model, stream):
     assert counted("completion") == settled
 
 
-def test_a_full_queue_says_when_to_come_back(serve):
+def test_a_full_queue_says_when_to_come_back(serve, model):
     server = serve(max_batch=1, max_queue=1)
+    model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
     stream = ask(server.client(), stream=True, max_tokens=450)
     next(iter(stream))
     waiting = threading.Thread(target=server.post, args=({},))
@@ -298,6 +327,7 @@ def test_a_full_queue_says_when_to_come_back(serve):
 
 def test_a_failure_in_the_middle_of_a_stream_is_an_event_and_before_it_a_status(serve, model):
     server = serve()
+    model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
     stream = iter(ask(server.client(), stream=True, max_tokens=450))
     next(stream)
     handle = model.language_model.register_forward_pre_hook(lambda *_: 1 / 0)
@@ -382,7 +412,7 @@ REFUSED = {
     "unknown field": (raw(colour=None), "colour", "unknown field"),
     "tools": (raw(tools=[{"type": "function"}]), "tools", "cannot do that"),
     "a bias": (raw(logit_bias={"1": 5}), "logit_bias", "cannot do that"),
-    "effort": (raw(reasoning_effort="low"), "reasoning_effort", "cannot do that"),
+    "effort": (raw(reasoning_effort="low"), "reasoning_effort", "'medium'"),
     "storing": (raw(store=True), "store", "cannot do that"),
     "storing by number": (raw(store=0), "store", "valid boolean"),
     "a schema": (raw(response_format={"type": "json_object"}), "response_format.type", "'text'"),
@@ -429,6 +459,8 @@ REFUSED = {
     "a penalty": (raw(frequency_penalty=0.5), "frequency_penalty", "less than or equal to 0"),
     "too long for the model": (raw(messages=[{"role": "user", "content": "word " * 600}]), "messages", "room for 512"),
     "characters": (raw(messages=[{"role": "user", "content": "a" * 20_001}]), "messages", "at most 20000"),
+    "zeros": (raw(messages=[{"role": "user", "content": [0] * 50_000}]), "messages", "50000 parts, at most 2056"),
+    "many fields": (raw(**{str(i): 0 for i in range(9_000)}), None, "9002 fields, at most 64"),
     "messages": (raw(messages=HI * 41), "messages", "at most 40"),
     "an address": (raw(messages=with_pictures("a", "http://127.0.0.1/cat.png")), URL, "fetches nothing"),
     "a file": (raw(messages=with_pictures("a", "file:///etc/passwd")), URL, "fetches nothing"),
@@ -512,7 +544,7 @@ FIELDS = [
 
 def refusal(body: bytes) -> RequestError | None:
     try:
-        parse_request(body)
+        parse_request(body, Limits())
     except RequestError as error:
         return error
     return None

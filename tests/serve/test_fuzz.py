@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -138,7 +139,11 @@ def test_bodies_from_a_seed_are_answered_or_refused(model, processor, count, see
                 memory.append(process.memory_info().rss)
 
         asyncio.run(run(progress))
-        assert engine.num_active == engine.num_waiting == engine.cached_tokens == 0
+        deadline = time.monotonic() + 60  # a place is free a moment after the last token went out
+        while engine.num_active or engine.num_waiting:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert engine.cached_tokens == 0
     print(
         f"{count} bodies of seed {seed}: {dict(statuses)}; memory from {memory[0] >> 20} to {memory[-1] >> 20} MiB"
     )

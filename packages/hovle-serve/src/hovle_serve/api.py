@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,14 @@ from hovle_serve.engine import Engine, EngineClosedError, QueueFullError
 from hovle_serve.front import RETRY_AFTER, Front, busy, routes
 from hovle_serve.media import MediaFetcher
 from hovle_serve.metrics import Metrics
-from hovle_serve.prompts import Prompt, PromptEncoder, has_pictures
+from hovle_serve.prompts import Fetched, Prompt, PromptEncoder, has_links, has_pictures
 from hovle_serve.protocol import ChatRequest, Limits, RequestError
 from hovle_serve.sampling import Sampling
 
 DEFAULT_MAX_TOKENS = 512
 MAX_DECODERS = 2  # requests whose pictures are decoded at a time
+MAX_FETCHERS = 8  # requests that fetch pictures or hold fetched ones; a slow host keeps no decoder
+MAX_PICTURED = 64  # requests with pictures being prepared or waiting: the rest of MAX_PREPARED is text's
 
 
 def create_app(
@@ -59,7 +61,8 @@ class _Service(Front):
     ) -> None:
         self.engine, self._metrics, self._media = engine, Metrics(engine), media
         self._prompts = PromptEncoder(engine.processor, limits)
-        self._decoders = asyncio.Semaphore(MAX_DECODERS)
+        self._decoders, self._fetchers = asyncio.Semaphore(MAX_DECODERS), asyncio.Semaphore(MAX_FETCHERS)
+        self._num_pictured = 0
         super().__init__([name], access, limits, self._metrics.registry)
 
     def check_room(self) -> None:
@@ -70,10 +73,32 @@ class _Service(Front):
         return self.engine.is_running
 
     async def prepare(self, body: ChatRequest, raw: bytes) -> _Prepared:
-        fetched = {} if self._media is None else await self._prompts.fetch(body, self._media)
-        async with self._decoders if has_pictures(body) else nullcontext():
-            prompt = await asyncio.to_thread(self._prompts.encode, body, fetched)
+        prompt = await (self._pictured(body) if has_pictures(body) else self._encoded(body, {}))
         return _Prepared(body.model_copy(update={"messages": []}), prompt)
+
+    async def _pictured(self, body: ChatRequest) -> Prompt:
+        if self._num_pictured >= MAX_PICTURED or not self.engine.has_room(tile_bytes=1):
+            raise busy("too many requests with pictures wait already")
+        self._num_pictured += 1
+        try:
+            if self._media is None or not has_links(body):
+                return await self._decoded(body, {})
+            async with self._fetchers:
+                return await self._decoded(body, await self._prompts.fetch(body, self._media))
+        finally:
+            self._num_pictured -= 1
+
+    async def _decoded(self, body: ChatRequest, fetched: Fetched) -> Prompt:
+        async with self._decoders:
+            return await self._encoded(body, fetched)
+
+    async def _encoded(self, body: ChatRequest, fetched: Fetched) -> Prompt:
+        """A thread goes on when nobody waits for it: who is cancelled waits, and holds decoder and bytes till then."""
+        work = asyncio.ensure_future(asyncio.to_thread(self._prompts.encode, body, fetched))
+        try:
+            return await asyncio.shield(work)
+        finally:
+            await asyncio.wait({work})
 
     async def respond(self, request: Request, prepared: _Prepared) -> Response:
         body, prompt = prepared.body, prepared.prompt.encoded
@@ -88,6 +113,7 @@ class _Service(Front):
         )
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         events = answer(self.engine, self._metrics, request, prompt, samplings, body.stop, top_logprobs)
+        del prompt, prepared  # the engine drops its tiles as soon as they are read
         try:
             if not body.stream:
                 return JSONResponse(await completion.whole(events))

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any
 
 from fastapi import Request as HttpRequest
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 Events = AsyncGenerator[tuple[int, Piece], None]
 # JSON knows no infinity; a token that is never said has this logprob.
 _NEVER = -9999.0
+_MAX_SPELLED = 2**14  # tokens of which one response keeps the text
 
 
 async def answer(
@@ -63,6 +65,8 @@ async def answer(
         Request(prompt, sampling, deliver_to(i), stop=stop, top_logprobs=top_logprobs)
         for i, sampling in enumerate(samplings)
     ]
+    num_prompt_tokens = len(prompt.input_ids)
+    del prompt  # the engine drops its tiles as soon as they are read
     engine.submit(*requests)
     watch = asyncio.create_task(_watch(http, queue))
     last = [start] * len(requests)
@@ -83,7 +87,7 @@ async def answer(
         for request in requests:
             request.cancel()
         if any(counts):  # else it was given up in the queue, unread
-            metrics.prompt_tokens.inc(len(prompt.input_ids))
+            metrics.prompt_tokens.inc(num_prompt_tokens)
             metrics.completion_tokens.inc(sum(counts))
 
 
@@ -110,18 +114,19 @@ class Completion:
     async def whole(self, events: Events) -> dict[str, Any]:
         """The response of a request that does not stream."""
         texts: list[list[str]] = [[] for _ in range(self.num_choices)]
-        logprobs: list[list[TokenLogprob]] = [[] for _ in range(self.num_choices)]
+        logprobs: list[list[dict[str, Any]]] = [[] for _ in range(self.num_choices)]
         last: list[Any] = [None] * self.num_choices
         async with aclosing(events):
             async for index, piece in events:
                 texts[index].append(piece.text)
-                logprobs[index] += piece.logprobs
+                # Not at the end, when those of all tokens together would keep everybody waiting.
+                logprobs[index] += map(self._token_logprob, piece.logprobs)
                 last[index] = piece
         choices = [
             {
                 "index": index,
                 "message": {"role": "assistant", "content": "".join(texts[index])},
-                "logprobs": self._logprobs(logprobs[index]),
+                "logprobs": _logprobs(logprobs[index]),
                 "finish_reason": last[index].finish_reason,
             }
             for index in range(self.num_choices)
@@ -163,7 +168,9 @@ class Completion:
 
         chunks = [choice({"role": "assistant", "content": ""})] if is_first else []
         if piece.text or piece.logprobs:
-            chunks.append(choice({"content": piece.text}, self._logprobs(piece.logprobs)))
+            chunks.append(
+                choice({"content": piece.text}, _logprobs([*map(self._token_logprob, piece.logprobs)]))
+            )
         if piece.finish_reason is not None:
             chunks.append(choice({}, reason=piece.finish_reason))
         return chunks
@@ -182,23 +189,30 @@ class Completion:
             },
         }
 
-    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        if not tokens:
-            return None
-        content = [
-            {
-                **self._token(token.token_id, token.logprob),
-                "top_logprobs": [self._token(*entry) for entry in token.top],
-            }
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
+    def _token_logprob(self, token: TokenLogprob) -> dict[str, Any]:
+        top = [self._token(*entry) for entry in token.top]
+        return {**self._token(token.token_id, token.logprob), "top_logprobs": top}
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self.tokenizer.decode([token_id])
-        # A token that is part of a character has no text of its own, and its bytes depend on the tokenizer's kind.
-        whole = None if "\ufffd" in text else list(text.encode())
-        return {"token": text, "logprob": logprob if math.isfinite(logprob) else _NEVER, "bytes": whole}
+        text, spelling = self._spelled(token_id)
+        return {"token": text, "logprob": logprob if math.isfinite(logprob) else _NEVER, "bytes": spelling}
+
+    @cached_property
+    def _spelled(self) -> Callable[[int], tuple[str, list[int] | None]]:
+        """Text and bytes of a token. Of the likeliest ones most are so time and again."""
+        tokenizer = self.tokenizer
+
+        @lru_cache(_MAX_SPELLED)
+        def spelled(token_id: int) -> tuple[str, list[int] | None]:
+            text = tokenizer.decode([token_id])
+            # A token that is part of a character has no text of its own, and its bytes depend on the tokenizer's kind.
+            return text, None if "\ufffd" in text else list(text.encode())
+
+        return spelled
+
+
+def _logprobs(tokens: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return {"content": tokens, "refusal": None} if tokens else None
 
 
 async def _after(first: tuple[int, Piece], events: Events) -> Events:

@@ -70,6 +70,7 @@ def _replicas(handle: DeploymentHandle) -> Replicas:
 
     async def replicas(request: Relayed) -> AsyncGenerator[list[Message], None]:
         response = ask.remote(request)
+        del request  # megabytes, which the gateway counts no longer than until something of the answer comes
         assert isinstance(response, DeploymentResponseGenerator)
         try:
             async for together in response:

@@ -8,7 +8,7 @@ queue is first come, first served, and its head waits until it fits.
 import copy
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import Condition, Event, Thread
 
@@ -20,7 +20,7 @@ from hovle_core.processor import Encoded, HovleProcessor
 from hovle_serve.answer import Answer, Piece
 from hovle_serve.batch import DecodeBatch, Prefilled, block_length, check_batchable
 from hovle_serve.linear import use_few_rows_linear
-from hovle_serve.prefix import PrefixCache, Read
+from hovle_serve.prefix import PrefixCache, Read, without_tiles
 from hovle_serve.sampling import Sampling, end_ids, suppression
 from hovle_serve.stream import max_answer_tokens
 
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 THREAD_NAME = "hovle-engine"
 # Prompt tokens run between two steps: whoever is being answered waits no longer than these take, or one prompt.
 PREFILL_TOKENS = 2048
+# Beyond so much in the queue, one more with pictures finds it full; a picture of 12 tiles of 448 pixels is 8 MB.
+MAX_WAITING_TILE_BYTES = 2**30
 
 
 class QueueFullError(RuntimeError):
@@ -45,7 +47,7 @@ class Request:
     finish_reason, or with the exception that ended the answer; it must be quick and must not raise. A cancelled
     request hears nothing more.
 
-    Its prompt and limit of tokens are checked when it is submitted.
+    Its prompt and limit of tokens are checked when it is submitted. The prompt's tiles are dropped when they were read.
     """
 
     prompt: Encoded
@@ -132,9 +134,10 @@ class Engine:
         with self._changed:
             if self._is_closing:
                 raise EngineClosedError("the server is shutting down")
-            if not self.has_room(len(requests)):
+            if not self.has_room(len(requests), _tile_bytes(requests)):
                 raise QueueFullError(
-                    f"{len(self._waiting)} requests wait already, the queue holds {self.max_queue}"
+                    f"{len(self._waiting)} requests wait already, the queue holds {self.max_queue}, and of their "
+                    f"pictures {MAX_WAITING_TILE_BYTES} bytes"
                 )
             self._waiting.extend(requests)
             self._changed.notify()
@@ -157,9 +160,12 @@ class Engine:
             )
         return min(room, max_answer_tokens(self.model.config, prompt))
 
-    def has_room(self, num_requests: int = 1) -> bool:
-        """Whether that many could be queued now."""
-        return len(self._waiting) + num_requests <= self.max_queue
+    def has_room(self, num_requests: int = 1, tile_bytes: int = 0) -> bool:
+        """Whether that many could be queued now, with so much of pictures; some pictures may always wait."""
+        with self._changed:
+            waiting = _tile_bytes(self._waiting) if tile_bytes else 0
+            has_bytes = not waiting or waiting + tile_bytes <= MAX_WAITING_TILE_BYTES
+            return len(self._waiting) + num_requests <= self.max_queue and has_bytes
 
     @property
     def num_waiting(self) -> int:
@@ -268,6 +274,7 @@ class Engine:
 
     def _begin(self, active: _Active, read: Read | Exception) -> bool:
         """Deliver the first token behind a prompt, or what went wrong with it; whether there is more to say."""
+        active.request.prompt = without_tiles(active.request.prompt)
         try:
             if isinstance(read, Exception):
                 raise read
@@ -314,6 +321,11 @@ class Engine:
                 _deliver(active.request, piece)
             finished.append(piece is not None and piece.finish_reason is not None)
         return finished
+
+
+def _tile_bytes(requests: Iterable[Request]) -> int:
+    """Of their prompts, which several may share."""
+    return sum({id(request.prompt): request.prompt.tiles.nbytes for request in requests}.values())
 
 
 def _deliver(request: Request, item: Piece | Exception) -> None:

@@ -3,8 +3,8 @@
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from importlib.resources import files
 from typing import Any
@@ -26,6 +26,7 @@ WRITE_SECONDS = 60  # so is a client that takes nothing for so long
 # Bodies that are read or prepared hold no more than so many of the largest. Who has sent nothing holds nothing.
 MAX_BODIES = 16
 MAX_PREPARED = 256  # at a time, however small
+SMALL_BODY = 2**16  # MAX_PREPARED of these have room of their own, beside large ones that come slowly
 RETRY_AFTER = {"Retry-After": "1"}
 _CLIENT_LEFT = 499  # nginx's number: nobody reads it
 _REFS = "#/components/schemas/{model}"
@@ -41,6 +42,8 @@ class Front(ABC):
 
     A request is first read and prepared, within MAX_BODIES and MAX_PREPARED, and then answered.
     """
+
+    relays = False  # whether `respond` still needs the body as it came, which then counts until it returns
 
     def __init__(
         self, names: Sequence[str], access: Access, limits: Limits, registry: CollectorRegistry
@@ -114,14 +117,25 @@ class Front(ABC):
             raise RequestError(415, f"Content-Encoding {encoding!r} is not taken: send the JSON as it is")
         self._access.enter(key)
         try:
-            response = await self.respond(request, await self._prepared(request))
+            response = await self._answered(request)
         except BaseException:
             self._access.leave(key)
             raise
         return _Watched(response, lambda: self._access.leave(key))
 
-    async def _prepared(self, request: Request) -> Any:
+    async def _answered(self, request: Request) -> Response:
         self.check_room()
+        async with self._received(request) as raw:
+            # Nothing here refers to what was prepared, so that `respond` may let go of it.
+            response = self.respond(request, await self._prepared(request, raw))
+            del raw
+            if self.relays:
+                return await response
+        return await response
+
+    @asynccontextmanager
+    async def _received(self, request: Request) -> AsyncIterator[bytes]:
+        """A body; its bytes count until the block ends."""
         chunks: list[bytes] = []
         held = 0
         try:
@@ -130,22 +144,22 @@ class Front(ABC):
                     chunks.append(chunk)
                     held += len(chunk)
                     self._held_bytes += len(chunk)
-                    if self._held_bytes > MAX_BODIES * self.limits.max_body_bytes:
-                        raise busy("too many large requests are being read")
-            if self._prepared_now >= MAX_PREPARED:
-                raise busy("too many requests are being read")
-            raw = b"".join(chunks)
-            chunks.clear()
-            return await self._prepared_from(raw)
+                    reserve = MAX_PREPARED * SMALL_BODY if held <= SMALL_BODY else 0
+                    if self._held_bytes > MAX_BODIES * self.limits.max_body_bytes + reserve:
+                        raise busy("too many large requests are in work")
+            chunks[:] = [b"".join(chunks)]
+            yield chunks.pop()
         finally:
             self._held_bytes -= held
 
-    async def _prepared_from(self, raw: bytes) -> Any:
+    async def _prepared(self, request: Request, raw: bytes) -> Any:
+        if self._prepared_now >= MAX_PREPARED:
+            raise busy("too many requests are being read")
         self._prepared_now += 1
         try:
-            body = await asyncio.to_thread(parse_request, raw)
+            body = await asyncio.to_thread(parse_request, raw, self.limits)
             self._check_model(body.model)
-            return await self.prepare(body, raw)
+            return await unless_left(request, self.prepare(body, raw))
         finally:
             self._prepared_now -= 1
 
@@ -241,6 +255,25 @@ async def _body(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]
             if size > max_bytes:
                 raise too_large
             yield chunk
+
+
+async def unless_left(request: Request, work: Any) -> Any:
+    """Await `work`, or cancel it as soon as the client hangs up; for requests whose body has been read."""
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(left())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for one in (task, watch):
+            one.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
 
 
 def busy(message: str) -> RequestError:

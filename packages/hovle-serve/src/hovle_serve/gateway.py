@@ -9,16 +9,14 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter
-from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from hovle_serve.access import Access
-from hovle_serve.front import RETRY_AFTER, Front, routes
+from hovle_serve.front import RETRY_AFTER, Front, routes, unless_left
 from hovle_serve.protocol import ChatRequest, Limits, RequestError
 from hovle_serve.relay import Relayed
 
@@ -46,6 +44,8 @@ def create_gateway(models: Mapping[str, Replicas], access: Access, limits: Limit
 
 
 class _Gateway(Front):
+    relays = True  # to another replica, if the first one is lost
+
     def __init__(self, models: Mapping[str, Replicas], access: Access, limits: Limits) -> None:
         registry = CollectorRegistry()
         super().__init__(list(models), access, limits, registry)
@@ -76,7 +76,7 @@ class _Gateway(Front):
         return await self._relayed(request, name, Relayed("GET", "/metrics"))
 
     async def _relayed(self, request: Request, model: str, relayed: Relayed) -> Response:
-        first, messages = await _unless_left(request, self._begun(model, relayed))
+        first, messages = await unless_left(request, self._begun(model, relayed))
         start = first.pop(0)
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in start["headers"]}
         if headers.get("content-type", "").startswith("text/event-stream"):
@@ -111,22 +111,3 @@ async def _bodies(first: list[Message], rest: Messages) -> AsyncGenerator[bytes,
             logger.warning("a replica was lost in the middle of an answer")
             error = RequestError(503, "the replica that answered was lost", headers=RETRY_AFTER)
             yield b"data: " + json.dumps(error.body).encode() + b"\n\n"
-
-
-async def _unless_left(request: Request, work: Any) -> Any:
-    """Await `work`, or cancel it as soon as the client hangs up."""
-
-    async def left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(left())
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        for one in (task, watch):
-            one.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from hovle_serve import front
 from hovle_serve.protocol import RequestError
 
 HEADER_SECONDS = 20.0
@@ -17,12 +18,15 @@ DRAIN_SECONDS = 30  # a stopped server finishes what it answers, for so long
 
 
 class PunctualProtocol(H11Protocol):
-    """Hangs up with 408 on who takes HEADER_SECONDS to send a request's headers; h11 bounds their size."""
+    """Hangs up with 408 on who takes HEADER_SECONDS to send a request's headers; h11 bounds their size. And on who
+    takes nothing of an answer for WRITE_SECONDS: uvicorn's own way to close waits until the rest has been taken."""
 
     _timer: asyncio.TimerHandle | None = None
+    _unread_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # tells of any rest, however small
         self._wait_for_headers()
 
     def data_received(self, data: bytes) -> None:
@@ -34,7 +38,31 @@ class PunctualProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_watching()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        self._stop_watching()
+        super().resume_writing()
+
+    def _watch(self, unread: int) -> None:
+        self._unread_timer = self.loop.call_later(front.WRITE_SECONDS, self._give_up, unread)
+
+    def _stop_watching(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
+
+    def _give_up(self, unread: int) -> None:
+        """Unless something was taken of the `unread` bytes; nothing is added while writing is paused."""
+        if (left := self.transport.get_write_buffer_size()) < unread:
+            self._watch(left)
+        else:
+            self.transport.abort()
 
     def _wait_for_headers(self) -> None:
         self._timer = self.loop.call_later(HEADER_SECONDS, self._hang_up)
@@ -71,11 +99,11 @@ class LocalNames:
 
 
 def _is_local(host: str) -> bool:
-    name = urlsplit(f"//{host}").hostname or ""
     try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name == "localhost" or name.endswith(".localhost")
+        name = urlsplit(f"//{host}").hostname or ""
+        return f".{name}".endswith(".localhost") or ipaddress.ip_address(name).is_loopback
+    except ValueError:  # another name, or none at all, as "[" is
+        return False
 
 
 def server(app: ASGIApp, log_level: str = "warning") -> uvicorn.Server:

@@ -108,8 +108,7 @@ class PrefixCache:
         self._entries = [
             entry for entry in self._entries if self._common(entry, asked, T) < len(entry.prompt.input_ids)
         ]
-        bare = Encoded(prompt.input_ids, prompt.labels, prompt.tiles[:0])
-        self._entries.append(_Entry(bare, asked.digests, row))
+        self._entries.append(_Entry(without_tiles(prompt), asked.digests, row))
         while self.num_tokens > self._max_tokens:
             del self._entries[0]
 
@@ -136,6 +135,11 @@ class PrefixCache:
             while length and new[length - 1] == image:
                 length -= 1
         return length
+
+
+def without_tiles(prompt: Encoded) -> Encoded:
+    """A prompt's tokens. A slice would keep all its tiles in memory."""
+    return Encoded(prompt.input_ids, prompt.labels, prompt.tiles[:0].copy())
 
 
 def _groups(unread: Sequence[tuple[_Asked, Unread]]) -> list[list[tuple[_Asked, Unread]]]:

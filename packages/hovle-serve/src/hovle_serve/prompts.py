@@ -2,11 +2,11 @@
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 
-from PIL.Image import Image
+import numpy as np
 
 from hovle_core.images import ImageError, decode_image, image_size
 from hovle_core.processor import Encoded, HovleProcessor
@@ -52,18 +52,27 @@ class PromptEncoder:
         messages, files = _read_messages(body, self._limits)
         data = [(place, _data(place, url, fetched or {})) for place, url in files]
         pictures = _measured(data, self._processor, self._limits)
-        images = _decoded(data, self._limits)
+        tiles = _cut(data, self._processor, self._limits)  # takes long, and nothing of the tokenizer
         try:
             with self._lock:
-                encoded = self._processor.encode(messages, images, add_generation_prompt=True)
+                encoded = self._processor.encode(messages, tiles, add_generation_prompt=True)
         except ValueError as error:  # such as the chat template's own, about the order of roles
             raise RequestError(400, str(error), "messages") from error
         return Prompt(encoded, pictures)
 
 
 def has_pictures(body: ChatRequest) -> bool:
+    return any(True for _ in _urls(body))
+
+
+def has_links(body: ChatRequest) -> bool:
+    """Whether pictures are to be fetched."""
+    return any(not _is_data(url) for url in _urls(body))
+
+
+def _urls(body: ChatRequest) -> Iterator[str]:
     lists = (message.content for message in body.messages if not isinstance(message.content, str))
-    return any(isinstance(part, ImagePart) for parts in lists for part in parts)
+    return (part.image_url.url for parts in lists for part in parts if isinstance(part, ImagePart))
 
 
 def _read_messages(body: ChatRequest, limits: Limits) -> tuple[list[Message], list[tuple[str, str]]]:
@@ -119,14 +128,15 @@ def _measured(
     return tuple(pictures)
 
 
-def _decoded(files: Sequence[tuple[str, bytes]], limits: Limits) -> list[Image]:
-    images = []
+def _cut(files: Sequence[tuple[str, bytes]], processor: HovleProcessor, limits: Limits) -> list[np.ndarray]:
+    """Tiles of each. Only one picture is there whole at a time."""
+    tiles = []
     for place, data in files:
         try:
-            images.append(decode_image(data, max_pixels=limits.max_pixels))
+            tiles.append(processor.tiles(decode_image(data, max_pixels=limits.max_pixels)))
         except ImageError as error:
             raise RequestError(400, f"{place}: {error}", place, "invalid_image") from error
-    return images
+    return tiles
 
 
 def _is_data(url: str) -> bool:

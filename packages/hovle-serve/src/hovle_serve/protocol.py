@@ -17,7 +17,9 @@ from pydantic import (
     ValidationInfo,
     WithJsonSchema,
     field_validator,
+    model_validator,
 )
+from pydantic_core import PydanticCustomError, from_json
 
 # Names of union members: pydantic puts them into an error's place, from where `_refuse` takes them out again.
 _SYSTEM, _USER, _ASSISTANT, _STRING, _PARTS, _TEXT, _IMAGE = _TAGS = (
@@ -52,8 +54,25 @@ class ClientLeftError(Exception):
     """Nobody is there to read the answer."""
 
 
+# Pydantic collects whatever is wrong, at more than a kilobyte each: there must not be many places for it. Lists stop at
+# the first (`fail_fast`), objects have no more fields than this, and a request no more parts beside its pictures.
+MAX_FIELDS = 64
+MAX_PARTS = 2048
+# Values outside of texts. Each takes a byte or two of a body, and a hundred of memory.
+MAX_VALUES = 100_000
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise PydanticCustomError(
+                "too_many_fields", f"{len(value)} fields, at most {MAX_FIELDS} are taken"
+            )
+        return value
 
 
 class ErrorDetail(Strict):
@@ -80,6 +99,8 @@ class Limits(Strict):
     max_tiles: int = 128
 
 
+# Pydantic speaks of Python's types.
+_NEEDED = {"model_type": "an object", "dict_type": "an object", "list_type": "an array"}
 _CANNOT = "this server cannot do that: leave the field out"
 
 
@@ -142,11 +163,12 @@ Part = Annotated[
     _one_of("type", {"text": _TEXT, "image_url": _IMAGE}),
 ]
 Content = Annotated[
-    Annotated[str, Tag(_STRING)] | Annotated[list[Part], Tag(_PARTS), Field(min_length=1)],
+    Annotated[str, Tag(_STRING)] | Annotated[list[Part], Tag(_PARTS), Field(min_length=1, fail_fast=True)],
     _string_or_parts("text and image_url parts"),
 ]
 TextContent = Annotated[
-    Annotated[str, Tag(_STRING)] | Annotated[list[TextPart], Tag(_PARTS), Field(min_length=1)],
+    Annotated[str, Tag(_STRING)]
+    | Annotated[list[TextPart], Tag(_PARTS), Field(min_length=1, fail_fast=True)],
     _string_or_parts("text parts"),
 ]
 
@@ -202,7 +224,7 @@ class ChatRequest(Strict):
     """null stands for the default, as OpenAI has it. The last group is taken only where it asks for nothing."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(1.0, ge=0, le=2, description="0 is greedy")
@@ -235,13 +257,13 @@ class ChatRequest(Strict):
     prediction: None = None
     prompt_cache_options: None = None
     prompt_cache_retention: None = None
-    reasoning_effort: None = None
+    reasoning_effort: Literal["medium"] | None = None
     response_format: ResponseFormat | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: _Off = None
     tool_choice: Literal["none", "auto"] | None = None
     tools: _NoList = None
-    verbosity: None = None
+    verbosity: Literal["medium"] | None = None
     web_search_options: None = None
 
     # Of the field rather than of the whole, so that the error names it; `info.data` holds the fields above it.
@@ -265,25 +287,52 @@ class ChatRequest(Strict):
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
 
-def parse_request(body: bytes) -> ChatRequest:
-    """Raises RequestError naming the field; broken UTF-8, halves of surrogates and deep nesting are no JSON here."""
+def parse_request(body: bytes, limits: Limits) -> ChatRequest:
+    """Raises RequestError naming the field; broken UTF-8, halves of surrogates and deep nesting are no JSON here.
+
+    `limits` bound what this costs, whatever the body is; who reads the messages looks at the rest of them.
+    """
+    marks = sum(map(body.count, b",[{"))  # every value follows one, and texts may hold them as well
+    _at_most(limits.max_characters + MAX_VALUES, marks, "commas and brackets in the body", None)
     try:
-        return ChatRequest.model_validate_json(body)
+        request = from_json(body)
+    except ValueError as error:
+        why = str(error)
+        for escape in ("unexpected end of hex escape", "lone leading surrogate in hex escape"):
+            why = why.replace(escape, "half a surrogate pair, which is no character,")
+        raise RequestError(400, f"the body is not valid JSON: {why}") from error
+    _check_lengths(request, limits)
+    try:
+        return ChatRequest.model_validate(request)
     except ValidationError as error:
         _refuse(error)
 
 
+def _check_lengths(request: Any, limits: Limits) -> None:
+    messages = request.get("messages") if isinstance(request, dict) else None
+    if not isinstance(messages, list):
+        return
+    _at_most(limits.max_messages, len(messages), "messages")
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    pictures = sum(isinstance(part, dict) and part.get("type") == "image_url" for part in parts)
+    _at_most(limits.max_images, pictures, "pictures")
+    _at_most(limits.max_images + MAX_PARTS, len(parts), "parts")
+
+
+def _at_most(most: int, number: int, what: str, param: str | None = "messages") -> None:
+    if number > most:
+        raise RequestError(400, f"{number} {what}, at most {most} are taken", param)
+
+
 def _refuse(error: ValidationError) -> NoReturn:
     first = error.errors(include_url=False, include_input=False)[0]
-    if first["type"] == "json_invalid":
-        why = first["ctx"]["error"]
-        for escape in ("unexpected end of hex escape", "lone leading surrogate in hex escape"):
-            why = why.replace(escape, "half a surrogate pair, which is no character,")
-        raise RequestError(400, f"the body is not valid JSON: {why}") from error
     place = ".".join(str(item) for item in first["loc"] if item not in _TAGS)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown field"
     elif first["type"] == "none_required" or first.get("ctx", {}).get("max_length") == 0:
         message = _CANNOT
+    elif needed := _NEEDED.get(first["type"]):
+        message = f"{needed} is needed"
     raise RequestError(400, f"{place}: {message}" if place else message, place or None) from error
