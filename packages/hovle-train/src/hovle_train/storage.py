@@ -153,7 +153,9 @@ class RemoteRun:
         except (FileNotFoundError, TypeError, ValueError):  # not there, or cut short
             return {}
         if outside := [name for name in hashes if name.startswith("/") or ".." in name.split("/")]:
-            raise ValueError(f"train.storage_path {self.url}: {COPIED} names {outside[0]!r}, outside of the run")
+            raise ValueError(
+                f"train.storage_path {self.url}: {COPIED} names {outside[0]!r}, outside of the run"
+            )
         return hashes
 
     def _fetch(self, name: str, hashes: dict[str, str], folder: Path) -> bool:
