@@ -138,15 +138,21 @@ def test_the_tiles_that_the_model_sees_are_shown(serve, page, picture, tmp_path)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stop", ["by keyboard", "by the button"])
-def test_an_answer_is_stopped_and_what_came_is_kept(serve, page, model, stop):
+def ask_for_much(serve, page, model):
+    """A question whose answer is long and slow enough that a browser can do something meanwhile; the server."""
     server = serve()
-    model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.02))  # the browser has time
+    model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
     page.goto(server.url)
     page.locator("#limit").evaluate("(input) => { input.value = 450; }")
     page.keyboard.type("count")
     page.keyboard.press("Enter")
+    return server
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", ["by keyboard", "by the button"])
+def test_an_answer_is_stopped_and_what_came_is_kept(serve, page, model, stop):
+    server = ask_for_much(serve, page, model)
     expect(answers(page)).to_have_text(re.compile(".{20}"))
     expect(page.locator("#stop")).to_be_visible()
     if stop == "by keyboard":
@@ -231,12 +237,7 @@ def test_a_key_is_tried_without_a_message(serve, page):
 
 @pytest.mark.slow
 def test_a_new_conversation_stops_the_answer(serve, page, model):
-    server = serve()
-    model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.02))  # the browser has time
-    page.goto(server.url)
-    page.locator("#limit").evaluate("(input) => { input.value = 450; }")
-    page.keyboard.type("count")
-    page.keyboard.press("Enter")
+    server = ask_for_much(serve, page, model)
     expect(answers(page)).to_have_text(re.compile(".{5}"))
     page.locator("#limit").evaluate("(input) => { input.value = 3; }")
     page.locator("#reset").press("Enter")

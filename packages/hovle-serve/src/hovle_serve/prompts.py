@@ -77,10 +77,6 @@ def _urls(body: ChatRequest) -> Iterator[str]:
 
 def _read_messages(body: ChatRequest, limits: Limits) -> tuple[list[Message], list[tuple[str, str]]]:
     """Messages as the processor takes them, and (place in the body, URL) of their pictures."""
-    if len(body.messages) > limits.max_messages:
-        raise RequestError(
-            400, f"{len(body.messages)} messages, at most {limits.max_messages} are taken", "messages"
-        )
     messages: list[Message] = []
     files: list[tuple[str, str]] = []
     characters = 0
@@ -100,8 +96,6 @@ def _read_messages(body: ChatRequest, limits: Limits) -> tuple[list[Message], li
         raise RequestError(
             400, f"{characters} characters, at most {limits.max_characters} are taken", "messages"
         )
-    if len(files) > limits.max_images:
-        raise RequestError(400, f"{len(files)} pictures, at most {limits.max_images} are taken", "messages")
     return messages, files
 
 
