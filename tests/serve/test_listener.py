@@ -230,6 +230,13 @@ def test_who_reads_slowly_is_given_up_only_when_nothing_was_taken():
     protocol.loop.call_later.return_value.cancel.assert_called_once()
 
 
+def growth(memory: list[int]) -> int:
+    """Bytes that nine looks at memory grew by, from the first three to the next and from these to the last: the less of
+    both. What leaks grows each time; a buffer or an arena that comes to stay does so once, whenever that is."""
+    early, middle, late = memory[:3], memory[3:6], memory[6:]
+    return min(min(middle) - max(early), min(late) - max(middle))
+
+
 def test_huge_headers_and_bodies_leave_memory_flat(serve):
     server, process = serve(), psutil.Process()
     parts = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}] * 10_000
@@ -249,7 +256,7 @@ def test_huge_headers_and_bodies_leave_memory_flat(serve):
 
     attack()  # the client is in this process too, and its buffers come to stay
     memory = [attack() for _ in range(9)]  # a buffer of some 60 MB is there or not when it is looked at
-    assert min(memory[6:]) - max(memory[:3]) < 100e6  # all that is kept takes more
+    assert growth(memory) < 10e6
     assert server.post({}).status_code == 200
 
 
@@ -296,7 +303,7 @@ def test_bombs_leave_memory_flat_and_an_answer_in_work_as_it_is(serve):
         hit = pool.submit(server.post, long)
         memory = [attack() for _ in range(9)]  # a picture of 64 MB may not be collected yet
     assert hit.result().json()["choices"][0]["message"]["content"] == alone
-    assert min(memory[6:]) - max(memory[:3]) < 100e6  # a bomb let through takes more
+    assert growth(memory) < 10e6
 
 
 @pytest.mark.parametrize("mode", ["I;16", "RGBA", "LA", "P"])
