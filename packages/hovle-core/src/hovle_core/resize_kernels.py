@@ -1,9 +1,9 @@
 """Pillow's bicubic, compiled by numba: fixed-point sums with the same coefficients, many pixels at a time.
 
 A picture is resized by rows, then by columns, each time rounded to 8 bits. Both are weighted sums of lines of bytes,
-which compilers vectorise; for rows the picture is turned first, a band at a time.
+which compilers vectorise; for rows the picture is turned first, a band at a time (NumPy does).
 
-Shapes: n lines, w pixels a row, m rows in a band, R room for rows in a turned band, T taps at most.
+Shapes: n lines, w pixels a row, R room for rows in a turned band, T taps at most.
 """
 
 import math
@@ -15,7 +15,6 @@ from numba import njit
 
 BITS = 22  # of a coefficient's fraction: 8 for the pixel, 2 for sums beyond 255 and below 0, 32 in all
 CHUNK = 1536  # bytes of a line summed at a time; their sums stay in the first cache
-TURNED = 8  # columns of a band turned at a time
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -91,31 +90,10 @@ def resize_columns(
 
 
 @compiled
-def turn(band: np.ndarray, turned: np.ndarray) -> None:
-    """`[m, w, 3] -> [w, 3, R]`, so that a column of the picture is one line of bytes."""
-    for left in range(0, band.shape[1], TURNED):
-        right = min(left + TURNED, band.shape[1])
-        for y in range(band.shape[0]):
-            for x in range(left, right):
-                for channel in range(3):
-                    turned[x, channel, y] = band[y, x, channel]
-
-
-@compiled
 def resize_rows(
-    turned: np.ndarray, first: np.ndarray, count: np.ndarray, weights: np.ndarray, out: np.ndarray
+    lines: np.ndarray, first: np.ndarray, count: np.ndarray, weights: np.ndarray, out: np.ndarray
 ) -> None:
-    """A turned band `[w, 3, R]` -> its rows resized, `[m, w', 3]`."""
-    size = 3 * turned.shape[2]
-    lines = turned.reshape(turned.shape[0], size)
-    sums = np.empty(size, np.int32)
-    line = np.empty((TURNED, size), np.uint8)
-    pixels = line.reshape(TURNED, 3, turned.shape[2])
-    for left in range(0, out.shape[1], TURNED):
-        right = min(left + TURNED, out.shape[1])
-        for x in range(left, right):
-            weighted_sum(lines, first[x], weights[x, : count[x]], sums, line[x - left])
-        for y in range(out.shape[0]):
-            for x in range(left, right):
-                for channel in range(3):
-                    out[y, x, channel] = pixels[x - left, channel, y]
+    """A turned band `[w, 3 · R]` -> its rows resized, turned as well, `[w', 3 · R]`."""
+    sums = np.empty(lines.shape[1], np.int32)
+    for x in range(out.shape[0]):
+        weighted_sum(lines, first[x], weights[x, : count[x]], sums, out[x])
