@@ -15,8 +15,9 @@ from hovle_train.commands import train
 from hovle_train.freeze import freeze_except
 from hovle_train.loop import Trainer
 from hovle_train.metrics import read_metrics
-from hovle_train.runs import is_finished, read_summary
+from hovle_train.runs import METRICS_FILE, is_finished, read_summary
 from hovle_train.runtime import Runtime
+from hovle_train.stages.base import LOOP_METRICS, make_stage
 
 STAGES = ("language_modeling", "distillation", "alignment", "instruction_tuning")
 LLM = "language_model."
@@ -309,3 +310,20 @@ def test_what_is_read_ahead_and_kept_is_what_the_recipe_says(make_recipe, plugin
     loader = trainer.loader(Ledger())
     assert loader.prefetch == prefetch
     assert loader.stream.cut_tiles.max_bytes == 2**28
+
+
+def test_losses_are_not_called_as_what_the_loop_logs(make_recipe, plugins, monkeypatch):
+    """Added to the loop's own sum, "stop" would end the run behind its first step."""
+    recipe = make_recipe("alignment")
+    monkeypatch.setattr(type(make_stage(recipe, plugins.registry)), "target_kinds", ("stop", "loss"))
+    with pytest.raises(ValueError, match=r"stage 'alignment' has target_kinds \['stop'\].*other names"):
+        Trainer(recipe, plugins, Runtime())
+    with pytest.raises(ValueError, match="other names"):
+        make_stage(recipe, plugins.registry)
+
+
+def test_what_the_loop_logs_is_known(make_recipe, plugins):
+    recipe = make_recipe("alignment")
+    Trainer(recipe, plugins, Runtime()).run()
+    logged = set().union(*read_metrics(recipe.path / METRICS_FILE))
+    assert logged - {"loss"} <= LOOP_METRICS, "a loss could be called so, and nobody would notice"

@@ -49,6 +49,7 @@ def run_train(args: argparse.Namespace) -> int:
     from hovle_train.observers import Observers
     from hovle_train.pipeline import Pipeline
     from hovle_train.ray_trainer import check_local
+    from hovle_train.stages.base import make_stage
     from hovle_train.storage import RemoteRun
 
     plugins: HovlePlugins = args.plugins
@@ -56,7 +57,7 @@ def run_train(args: argparse.Namespace) -> int:
     recipes = job.select(args.first, args.last) if isinstance(job, Pipeline) else {job.stage.name: job}
     for recipe in recipes.values():
         # A stage's options, and what it does not read, are errors here already.
-        plugins.registry.build("stage", recipe.stage.name, recipe=recipe, registry=plugins.registry)
+        make_stage(recipe, plugins.registry)
         Observers(plugins, Run(recipe.path, recipe.stage.name, recipe.model_dump(mode="json")))
         if recipe.train.storage_path:
             RemoteRun(recipe.train.storage_path)

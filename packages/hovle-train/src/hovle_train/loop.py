@@ -57,7 +57,7 @@ from hovle_train.runs import (
 from hovle_train.runtime import Runtime
 from hovle_train.sharded import whole
 from hovle_train.speed import Speed
-from hovle_train.stages.base import Stage
+from hovle_train.stages.base import make_stage
 from hovle_train.storage import RemoteRun
 from hovle_train.wrappers import wrap_model
 
@@ -83,9 +83,7 @@ class Trainer:
         self.balance: Balance | None = None
         self.remote = RemoteRun(recipe.train.storage_path) if recipe.train.storage_path else None
         self.gate = LanguageGate(recipe, plugins.registry, runtime)
-        self.stage: Stage = plugins.registry.build(
-            "stage", recipe.stage.name, recipe=recipe, registry=plugins.registry
-        )
+        self.stage = make_stage(recipe, plugins.registry)
         self.run_info = Run(recipe.path, recipe.stage.name, recipe.model_dump(mode="json"))
         self.observers = Observers(plugins, self.run_info)
         self.checkpoints = recipe.path / CHECKPOINTS

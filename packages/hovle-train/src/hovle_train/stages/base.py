@@ -38,6 +38,27 @@ HOVLE_FIELDS = (
     "data.tile_cache_gib",
     "model.init_from", "model.blocks_from_llm", "model.embedding", "model.image", "train.drop_path",
 )  # fmt: skip
+# What the loop itself counts and logs: a loss of such a name would be added to it.
+LOOP_METRICS = frozenset(
+    {
+        "step", "steps", "stop", "tokens", "samples", "waited", "bad", "data_wait_s", "grad_norm", "lr", "mfu", "fill",
+        "tile_fill", "imbalance", "smallest_share", "largest_share", "tokens_per_s", "samples_per_s",
+        "data_wait_share", "quarantined", "truncated",
+    }
+)  # fmt: skip
+
+
+def make_stage(recipe: Recipe, registry: Registry) -> "Stage":
+    """The stage that a recipe names.
+
+    Raises ValueError for options that it does not take, and where its losses are called as what the loop measures.
+    """
+    stage: Stage = registry.build("stage", recipe.stage.name, recipe=recipe, registry=registry)
+    if taken := sorted(LOOP_METRICS & set(stage.target_kinds)):
+        raise ValueError(
+            f"stage {recipe.stage.name!r} has target_kinds {taken}, which the loop itself logs: give them other names"
+        )
+    return stage
 
 
 class Stage(ABC):
@@ -45,8 +66,8 @@ class Stage(ABC):
 
     Class attributes: `name`, as recipes call it; `Options`, what `stage.options` may hold; `reads`, which of
     `STAGE_FIELDS` do something here (all, unless it says so); `target_kinds`, the names of what its losses are sums
-    over (an instance may have its own, where options say what these are); `leaves_llm`, true where the finished
-    checkpoint is a bare LLM and no HoVLE.
+    over, none of `LOOP_METRICS` (an instance may have its own, where options say what these are); `leaves_llm`, true
+    where the finished checkpoint is a bare LLM and no HoVLE.
     `module`, in every method that takes it, is the nn.Module that the same stage's `build` returned. It is typed Any so
     that a stage can name its own class there.
     Raises ValueError for options that do not validate, and for a field that the recipe sets and the stage does not
