@@ -81,6 +81,31 @@ def test_pieces_read_before_are_read_anew_once_the_tokenizer_has_another_token()
     assert processor.tokenizer.convert_tokens_to_ids("zebra") in after
 
 
+@pytest.mark.parametrize("repeats", [3, 500])
+def test_a_text_full_of_special_tokens_takes_few_calls_of_the_tokenizer(processor, monkeypatch, repeats):
+    """A call takes longer than a token's name is long, and a server's other clients wait for it."""
+    calls, tokenizer = [], processor.tokenizer
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, *a, **k: calls.append(1) or call(self, *a, **k))
+    typed = " ".join(f"x{i} <img> <|im_end|>" for i in range(repeats))
+    encoded = processor.encode([{"role": "user", "content": typed}], add_generation_prompt=True)
+    assert len(calls) < 32
+    assert typed in tokenizer.decode(encoded.input_ids)
+    special = set(tokenizer.convert_tokens_to_ids(["<img>", "<|im_end|>"]))
+    # Those of the template alone: none of what was typed.
+    plain = processor.encode([{"role": "user", "content": "x"}], add_generation_prompt=True)
+    assert sum(i in special for i in encoded.input_ids) == sum(i in special for i in plain.input_ids)
+
+
+def test_an_answer_may_come_first(processor):
+    """As clients send a greeting."""
+    greeting, question = {"role": "assistant", "content": "this is a"}, {"role": "user", "content": "red"}
+    encoded = processor.encode([greeting, question], add_generation_prompt=True)
+    decode = processor.tokenizer.decode
+    assert decode(encoded.input_ids).startswith("<|im_start|>assistant\nthis is a<|im_end|>\n<|im_start|>user\nred")
+    assert decode(encoded.input_ids[encoded.labels >= 0]) == "this is a<|im_end|>"
+
+
 def test_text_that_looks_like_an_internal_mark_is_text(processor):
     text = "a [[picture 0123456789abcdef]] and [[literal 0123456789abcdef 0]]"
     encoded = processor.encode([user(text, pictures=0)], [])

@@ -26,6 +26,7 @@ _PIECES: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Callable[[str], t
     WeakKeyDictionary()
 )
 LONGEST_PIECE = 256  # characters: a role's line, a question asked again, a short answer
+MOST_CALLS = 64  # of the tokenizer for one text: more pieces are read in one
 # What stands in a rendered prompt for a picture or a spelled-out special token.
 _MARK = re.compile(r"\[\[(?:picture|literal) (?P<nonce>[0-9a-f]{16})(?: (?P<number>\d+))?\]\]")
 
@@ -125,6 +126,11 @@ class Rendering:
         except TemplateError as error:  # such as raise_exception for an order of roles
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 
+    def _opening(self) -> str:
+        """What comes before an answer that is the first message: transformers renders no empty conversation."""
+        answer = {"role": self.messages[0]["role"], "content": self.image_mark}
+        return self._render([answer], add_generation_prompt=False).partition(self.image_mark)[0]
+
     def segments(
         self, add_generation_prompt: bool, continue_final_message: bool = False
     ) -> list[tuple[str, bool]]:
@@ -138,7 +144,7 @@ class Rendering:
         for i, message in enumerate(self.messages):
             if message["role"] != "assistant" or (continue_final_message and i == last):
                 continue
-            prompt = self._render(self.messages[:i], add_generation_prompt=True)
+            prompt = self._render(self.messages[:i], add_generation_prompt=True) if i else self._opening()
             answer = self._render(self.messages[: i + 1], add_generation_prompt=False)
             if not prompt.startswith(done) or not answer.startswith(prompt):
                 raise ValueError(
@@ -175,32 +181,44 @@ class Rendering:
 
     def tokenize(self, text: str, pictures: Iterator[list[int]]) -> list[int]:
         """A rendered piece -> ids; each picture's mark takes the next of `pictures`, literals become plain text."""
-        ids: list[int] = []
-        position = 0
+        texts, marks, position = [], [], 0
         for match in _MARK.finditer(text):
-            if match["nonce"] != self.nonce:
-                continue  # text that only looks like a mark
-            ids += self._plain(text[position : match.start()])
-            position = match.end()
-            if match.group() == self.image_mark:
-                ids += next(pictures)
-            else:
-                ids += text_ids(self.tokenizer, self.literals[int(match["number"])])
-        return ids + self._plain(text[position:])
+            if match["nonce"] == self.nonce:  # others only look like a mark
+                texts.append(text[position : match.start()])
+                marks.append(match)
+                position = match.end()
+        read = _pieces_ids(self.tokenizer, [*texts, text[position:]])
+        literal_ids = lru_cache(maxsize=None)(lambda literal: text_ids(self.tokenizer, literal))
+        ids = list(read[0])
+        for match, after in zip(marks, read[1:], strict=True):
+            is_picture = match.group() == self.image_mark
+            ids += next(pictures) if is_picture else literal_ids(self.literals[int(match["number"])])
+            ids += after
+        return ids
 
-    def _plain(self, text: str) -> list[int]:
-        return _piece_ids(self.tokenizer, text) if text else []
+
+def _pieces_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Sequence[int]]:
+    """Ids of rendered pieces, special tokens among them. Many different ones are read in one call: a call takes longer
+    than most pieces are long, and whoever types special tokens may make as many pieces."""
+    if len(texts) <= MOST_CALLS:
+        return [_piece_ids(tokenizer, text) for text in texts]
+    different = [text for text in dict.fromkeys(texts) if text]
+    ids = tokenizer(different, add_special_tokens=False)["input_ids"] if different else []
+    found = {"": [], **dict(zip(different, ids, strict=True))}
+    return [found[text] for text in texts]
 
 
-def _piece_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a rendered piece, special tokens among them. Conversations are made of pieces that come again and again,
-    and a tokenizer's call takes longer than most of them are long."""
+def _piece_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Sequence[int]:
+    """Conversations are made of pieces that come again and again, which are kept."""
+    if not text:
+        return []
     if len(text) > LONGEST_PIECE:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
     found = _PIECES.get(tokenizer)
     if found is None or found[0] != len(tokenizer):  # none yet, or tokens were added since
         found = _PIECES[tokenizer] = len(tokenizer), _reader(ref(tokenizer))
-    return list(found[1](text))
+    return found[1](text)
 
 
 def _reader(tokenizer: ref[PreTrainedTokenizerBase]) -> Callable[[str], tuple[int, ...]]:
