@@ -74,6 +74,10 @@ def test_a_key_file_of_another_editor_and_what_is_none(tmp_path):
         file.write_bytes(contents)
         with pytest.raises(ValueError, match=message):
             read_api_keys(str(file))
+    for key in ("schlüssel", "a\tb"):  # a client may send the first as UTF-8 or as Latin-1
+        file.write_text(f"# keys\n\n{key}\n", encoding="utf-8")
+        with pytest.raises(ValueError, match="line 3: a key has printable characters of ASCII"):
+            read_api_keys(str(file))
     for path, message in ((tmp_path, "Is a directory"), (tmp_path / "none", "No such file or directory")):
         with pytest.raises(ValueError, match=f"^api_key_file '[^\n]*' cannot be read: {message}$"):
             read_api_keys(str(path))

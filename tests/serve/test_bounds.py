@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from hovle_core.image_processor import HovleImageProcessor
-from hovle_serve import api, engine, front
+from hovle_core.processor import HovleProcessor
+from hovle_serve import api, engine, front, prompts
 from hovle_serve.access import Access
 from hovle_serve.engine import Engine, QueueFullError, Request
 from hovle_serve.gateway import create_gateway
@@ -207,6 +208,43 @@ def test_a_text_is_tokenised_while_pictures_are_cut(serve, cutter, pool):
     usage = picture.result(WAIT).json()["usage"]["prompt_tokens_details"]
     assert usage["image_tokens"] == 4
     assert usage["images"] == [{"width": 80, "height": 60, "columns": 1, "rows": 1, "thumbnail": False}]
+
+
+def test_long_texts_are_tokenised_one_at_a_time_and_short_ones_beside_them(serve, pool, monkeypatch):
+    """A tokenizer takes a second for the longest text, and the threads that requests are prepared in are few."""
+    may, now, most, lock, encode = threading.Event(), [], [], threading.Lock(), HovleProcessor.encode
+
+    def slow(processor, messages, *args, **kwargs):
+        if len(str(messages)) > prompts.LONG_TEXT:
+            with lock:
+                now.append(processor)
+                most.append(len(now))
+            assert may.wait(2 * WAIT)
+            with lock:
+                now.pop()
+        return encode(processor, messages, *args, **kwargs)
+
+    monkeypatch.setattr(HovleProcessor, "encode", slow)
+    server = serve()
+    long = {"messages": [{"role": "user", "content": "this is " * 3000}]}
+    asked = [pool.submit(server.post, long) for _ in range(8)]
+    try:
+        until(lambda: now)
+        assert server.post({}).status_code == 200
+    finally:
+        may.set()
+    assert {request.result(WAIT).status_code for request in asked} <= {200, 400}
+    assert max(most) == 1
+
+
+@pytest.mark.parametrize(
+    "body", ['{"model": "%s", "messages": [{"role": "user", "content": "a"}]}', '{"%s": 1}']
+)
+def test_an_error_repeats_little_of_what_was_sent(serve, body):
+    """Escaped it would be five times as long, and stay until the client has read it."""
+    response = serve().post((body % ("\x7f" * 100_000)).encode())
+    assert response.status_code in (400, 404)
+    assert len(response.content) < 2000
 
 
 def test_pictures_that_wait_for_a_decoder_keep_out_pictures_only(serve, cutter, pool, monkeypatch):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from hovle_core.processor import Encoded
 from hovle_core.testing import tiny_hovle
+from hovle_serve import prefix
 from hovle_serve.answer import Piece, StopStrings
 from hovle_serve.batch import DecodeBatch
 from hovle_serve.chat import ChatSession
@@ -169,7 +170,7 @@ def test_several_answers_to_one_prompt_read_it_once(model, processor, encode):
     assert ["".join(piece.text for piece in pieces) for pieces in heard] == [expected] * 3
 
 
-def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(laid_out, processor, encode):
+def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(laid_out, processor, encode, monkeypatch):
     wide, red = (300, 60), (60, 60)
     prompts = [
         encode("what is this?", wide),
@@ -198,6 +199,11 @@ def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(laid_out, pr
     assert all(reused[i] > shared for i in (1, 2, 3))
     assert reused[5] == len(prompts[5].input_ids) - 1
     assert tiles == [5, 1, 4, 1, 1, 5]
+    monkeypatch.setattr(prefix, "MAX_ENTRIES", 1)
+    with Engine(laid_out, processor) as engine:
+        for prompt in (prompts[0], prompts[4], prompts[5]):
+            Asked(engine, prompt, Sampling(max_new_tokens=1)).text()
+        assert engine.reused_tokens == 0  # each drove out the one before it
     with Engine(laid_out, processor, max_prefix_tokens=0) as engine:
         for prompt, text in zip(prompts[:2], expected[:2], strict=True):
             assert Asked(engine, prompt, Sampling(max_new_tokens=10)).text() == text

@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import re
 import ssl
 import subprocess
 import threading
@@ -189,10 +190,20 @@ def test_certificates_are_those_of_the_name(pictures, tmp_path):
         ("240.0.0.1", False), ("::1", False), ("::", False), ("fe80::1%eth0", False), ("fc00::1", False),
         ("ff02::1", False), ("::ffff:127.0.0.1", False), ("::ffff:93.184.216.34", True), ("2002:7f00:1::", False),
         ("64:ff9b::7f00:1", False), ("2001:0:0:0::1", False), ("2001:db8::1", False),
+        ("fec0::1", False), ("3fff::1", False), ("192.88.99.1", False), ("::ffff:192.88.99.1", False),
     ],
 )  # fmt: skip
 def test_which_addresses_are_public(address, is_public):
     assert is_public_address(address) == is_public
+
+
+@pytest.mark.parametrize(
+    "host", ["a..example.org", "a" * 64 + ".example.org", "xn--a.example.org", "xn--a.org"]
+)
+def test_a_name_that_cannot_be_is_refused(host):
+    """By the system's own look-up, and by what shows it."""
+    [why] = fetched(MediaFetcher(["*.example.org"]), f"https://{host}/cat")
+    assert re.search("has no address|not a URL|is not among the hosts", why)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import load_all_checks
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from hovle_serve.access import Access
 from hovle_serve.api import create_app
 from hovle_serve.engine import Engine
 
@@ -25,6 +26,13 @@ def checked(operation, mode: GenerationMode, examples: int, statuses: Counter[st
         statuses[f"{operation.label} {response.status_code}"] += 1
 
     check()
+
+
+def test_names_of_models_are_for_who_has_a_key(model, processor):
+    with Engine(model, processor) as engine:
+        for keys in ((), ("secret",)):
+            document = create_app(engine, "tiny/hovle", Access(keys)).openapi()
+            assert ("tiny/hovle" in str(document)) == (not keys)
 
 
 @pytest.mark.parametrize("examples", [40, pytest.param(1000, marks=pytest.mark.slow)])

@@ -35,6 +35,10 @@ class Access:
         burst = self._limits.max_requests_per_minute or 0
         self._uses = {key: _Use(burst, time.monotonic()) for key in self._keys}
 
+    @property
+    def is_open(self) -> bool:
+        return not self._keys
+
     def authorize(self, header: str) -> bytes | None:
         """Whose an `Authorization` header is. Raises RequestError (401).
 

@@ -73,7 +73,8 @@ class _Service(Front):
         return self.engine.is_running
 
     async def prepare(self, body: ChatRequest, raw: bytes) -> _Prepared:
-        prompt = await (self._pictured(body) if has_pictures(body) else self._encoded(body, {}))
+        async with self._prompts.turn(body):
+            prompt = await (self._pictured(body) if has_pictures(body) else self._encoded(body, {}))
         return _Prepared(body.model_copy(update={"messages": []}), prompt)
 
     async def _pictured(self, body: ChatRequest) -> Prompt:

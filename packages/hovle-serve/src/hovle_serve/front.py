@@ -18,7 +18,15 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Lifespan, Message, Receive, Scope, Send
 
 from hovle_serve.access import Access
-from hovle_serve.protocol import ChatRequest, ClientLeftError, ErrorBody, Limits, RequestError, parse_request
+from hovle_serve.protocol import (
+    ChatRequest,
+    ClientLeftError,
+    ErrorBody,
+    Limits,
+    RequestError,
+    parse_request,
+    shown,
+)
 
 BODY_SECONDS = 60  # a body that takes longer to arrive is given up
 IDLE_SECONDS = 10  # and one of which nothing comes for so long
@@ -70,6 +78,11 @@ class Front(ABC):
 
     @abstractmethod
     def is_healthy(self) -> bool: ...
+
+    @property
+    def is_open(self) -> bool:
+        """Whether everybody may ask."""
+        return self._access.is_open
 
     # ---- routes ----------------------------------------------------------------------------------------------------
 
@@ -167,7 +180,7 @@ class Front(ABC):
         if model not in self.names:
             known = ", ".join(map(repr, self.names))
             raise RequestError(
-                404, f"there is no model {model!r} here, only {known}", "model", "model_not_found"
+                404, f"there is no model {shown(model)!r} here, only {known}", "model", "model_not_found"
             )
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -209,7 +222,8 @@ def routes(service: Front, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI
     app.exception_handler(HTTPException)(_on_http_exception)
     app.exception_handler(Exception)(_on_bug)
     schema = ChatRequest.model_json_schema(ref_template=_REFS)
-    schema["properties"]["model"]["enum"] = list(service.names)
+    if service.is_open:  # who has no key is not told what there is
+        schema["properties"]["model"]["enum"] = list(service.names)
     definitions = schema.pop("$defs")
     body = {"required": True, "content": {"application/json": {"schema": schema}}}
     refused: dict[int | str, dict[str, Any]]

@@ -20,6 +20,8 @@ MAX_REDIRECTS = 3
 MAX_FETCHES = 4  # of one request at a time
 _PORTS = {"https": 443, "http": 80}
 _NAT64 = ipaddress.ip_network("64:ff9b::/32")  # addresses that stand for IPv4 ones
+# What Python 3.11 takes for the internet's: relays to 6to4, and documentation's (RFC 7526, RFC 9637).
+_NOT_GLOBAL = (ipaddress.ip_network("192.88.99.0/24"), ipaddress.ip_network("3fff::/20"))
 _ENTRY = re.compile(r"(?:(https?)://)?(\*\.)?([a-z0-9.-]+|\[[0-9a-f:]+\])(?::(\d{1,5}))?", re.ASCII)
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -116,7 +118,7 @@ class MediaFetcher:
         except (httpx.InvalidURL, ValueError) as error:
             raise FetchError(f"not a URL: {error}") from error
         if not allowed:
-            where = f"{url.scheme}://{url.host}" + (f":{url.port}" if url.port else "")
+            where = f"{url.scheme}://{_name(url)}" + (f":{url.port}" if url.port else "")
             raise FetchError(f"{where} is not among the hosts that this server fetches from")
         if url.userinfo:
             raise FetchError("a URL with a user's name or password is not fetched")
@@ -125,10 +127,10 @@ class MediaFetcher:
     async def _address(self, url: httpx.URL) -> str:
         try:
             addresses = await self._resolve(_name(url), url.port or _PORTS[url.scheme])
-        except OSError as error:
-            raise FetchError(f"cannot be fetched: {url.host} has no address") from error
+        except (OSError, UnicodeError) as error:  # the second of names with an empty or endless part
+            raise FetchError(f"cannot be fetched: {_name(url)} has no address") from error
         if not addresses or not all(self._is_public(address) for address in addresses):
-            raise FetchError(f"not fetched: {url.host} is no public address")
+            raise FetchError(f"not fetched: {_name(url)} is no public address")
         return addresses[0]
 
 
@@ -162,11 +164,12 @@ def is_public_address(text: str) -> bool:
         text.partition("%")[0]
     )
     if isinstance(address, ipaddress.IPv6Address):
-        if address in _NAT64 or address.teredo is not None:
+        if address in _NAT64 or address.teredo is not None or address.is_site_local:
             return False
         address = address.ipv4_mapped or address.sixtofour or address
     assert address is not None
-    return address.is_global and not (address.is_multicast or address.is_reserved)
+    listed = any(address in network for network in _NOT_GLOBAL)
+    return address.is_global and not (address.is_multicast or address.is_reserved or listed)
 
 
 def _name(url: httpx.URL) -> str:

@@ -22,6 +22,9 @@ GROUP_TOKENS = 512
 # So many tokens of padding a row cost less than a forward of its own does.
 PADDING = 32
 
+# Each new prompt is compared with all that are kept, however short.
+MAX_ENTRIES = 256
+
 Read = tuple[Prefilled, Tensor]
 
 
@@ -44,7 +47,8 @@ class _Entry:
 
 
 class PrefixCache:
-    """The newest prompts' caches, `max_tokens` of them in all (as the blocks count); the least used go first.
+    """The newest prompts' caches, `max_tokens` of them in all (as the blocks count) and no more than MAX_ENTRIES; the
+    least used go first.
 
     Pictures are told apart by their pixels, and are taken whole or not at all.
     """
@@ -109,7 +113,7 @@ class PrefixCache:
             entry for entry in self._entries if self._common(entry, asked, T) < len(entry.prompt.input_ids)
         ]
         self._entries.append(_Entry(without_tiles(prompt), asked.digests, row))
-        while self.num_tokens > self._max_tokens:
+        while self.num_tokens > self._max_tokens or len(self._entries) > MAX_ENTRIES:
             del self._entries[0]
 
     def _common(self, known: _Entry | _Asked, asked: _Asked, most: int | None = None) -> int:

@@ -1,8 +1,11 @@
 """A request's messages -> the model's prompt. Pictures come within the request, or were fetched before."""
 
+import asyncio
 import base64
 import binascii
+import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from threading import Lock
 
@@ -13,6 +16,9 @@ from hovle_core.processor import Encoded, HovleProcessor
 from hovle_core.rendering import Message
 from hovle_serve.media import FetchError, MediaFetcher
 from hovle_serve.protocol import ChatRequest, ImagePart, Limits, RequestError
+
+# Longer texts are prepared one at a time, apart from all others: a tokenizer is busy with the longest for a second.
+LONG_TEXT = 20_000  # characters
 
 Fetched = Mapping[str, bytes | FetchError]
 
@@ -35,11 +41,18 @@ class Prompt:
 
 
 class PromptEncoder:
-    """One processor for many threads: a tokenizer holds state while it works, so prompts are tokenised one by one."""
+    """One processor for many threads: a tokenizer holds state while it works, so prompts are tokenised one by one, and
+    those of LONG_TEXT by another copy. `turn` is to be held around `encode`."""
 
     def __init__(self, processor: HovleProcessor, limits: Limits) -> None:
-        self._processor, self._limits = processor, limits
-        self._lock = Lock()
+        for_long = copy.copy(processor)
+        for_long.tokenizer = copy.deepcopy(processor.tokenizer)
+        self._processors = {False: (processor, Lock()), True: (for_long, Lock())}
+        self._limits, self._turn_of_long = limits, asyncio.Semaphore(1)
+
+    def turn(self, body: ChatRequest) -> AbstractAsyncContextManager[None]:
+        """Keeps threads from waiting for each other."""
+        return self._turn_of_long if _is_long(body) else nullcontext()
 
     async def fetch(self, body: ChatRequest, media: MediaFetcher) -> Fetched:
         """The pictures that are given by URL, for `encode`. Nothing is fetched for a body that has too many."""
@@ -51,14 +64,23 @@ class PromptEncoder:
         """Raises RequestError (400) naming the part at fault. No picture is decoded before all passed the limits."""
         messages, files = _read_messages(body, self._limits)
         data = [(place, _data(place, url, fetched or {})) for place, url in files]
-        pictures = _measured(data, self._processor, self._limits)
-        tiles = _cut(data, self._processor, self._limits)  # takes long, and nothing of the tokenizer
+        processor, lock = self._processors[_is_long(body)]
+        pictures = _measured(data, processor, self._limits)
+        tiles = _cut(data, processor, self._limits)  # takes long, and nothing of the tokenizer
         try:
-            with self._lock:
-                encoded = self._processor.encode(messages, tiles, add_generation_prompt=True)
+            with lock:
+                encoded = processor.encode(messages, tiles, add_generation_prompt=True)
         except ValueError as error:  # such as the chat template's own, about the order of roles
             raise RequestError(400, str(error), "messages") from error
         return Prompt(encoded, pictures)
+
+
+def _is_long(body: ChatRequest) -> bool:
+    contents = [message.content for message in body.messages]
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    texts = [content for content in contents if isinstance(content, str)]
+    texts += [part.text for part in parts if not isinstance(part, ImagePart)]
+    return sum(map(len, texts)) > LONG_TEXT
 
 
 def has_pictures(body: ChatRequest) -> bool:

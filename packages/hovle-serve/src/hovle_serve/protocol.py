@@ -50,6 +50,11 @@ class RequestError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+def shown(text: str) -> str:
+    """What an error repeats of a client's text, which may be a body long, and longer in an answer."""
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
+
+
 class ClientLeftError(Exception):
     """Nobody is there to read the answer."""
 
@@ -58,6 +63,7 @@ class ClientLeftError(Exception):
 # the first (`fail_fast`), objects have no more fields than this, and a request no more parts beside its pictures.
 MAX_FIELDS = 64
 MAX_PARTS = 2048
+MAX_SHOWN = 100
 # Values outside of texts. Each takes a byte or two of a body, and a hundred of memory.
 MAX_VALUES = 100_000
 
@@ -327,7 +333,7 @@ def _at_most(most: int, number: int, what: str, param: str | None = "messages") 
 
 def _refuse(error: ValidationError) -> NoReturn:
     first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(item) for item in first["loc"] if item not in _TAGS)
+    place = ".".join(shown(str(item)) for item in first["loc"] if item not in _TAGS)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown field"

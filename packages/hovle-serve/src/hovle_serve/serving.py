@@ -107,7 +107,8 @@ def build_access(config: AccessConfig) -> Access:
 def read_api_keys(path: str) -> list[str]:
     """The keys of a file, one a line; empty lines and those that begin with # are left out.
 
-    Raises ValueError for a file that cannot be read, is no UTF-8 or holds no key.
+    Raises ValueError for a file that cannot be read, is no UTF-8 or holds no key, and for a key that clients send in
+    unlike bytes.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
@@ -117,6 +118,12 @@ def read_api_keys(path: str) -> list[str]:
         raise ValueError(f"api_key_file {path!r} is not UTF-8 text") from error
     lines = [line.strip() for line in text.splitlines()]
     keys = [line for line in lines if line and not line.startswith("#")]
+    if odd := [
+        i for i, line in enumerate(lines, 1) if line in keys and not (line.isascii() and line.isprintable())
+    ]:
+        raise ValueError(
+            f"api_key_file {path!r}, line {odd[0]}: a key has printable characters of ASCII only, as headers have"
+        )
     if not keys:
         raise ValueError(f"api_key_file {path!r} holds no key: write one a line, or serve without a key file")
     return keys
