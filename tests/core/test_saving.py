@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from hovle_core import HovleForConditionalGeneration, HovleProcessor
+from hovle_core.cli import main
 from hovle_core.testing import tiny_hovle, tiny_llm, tiny_processor, tiny_tokenizer
 
 
@@ -102,6 +104,51 @@ def test_device_map_splits_both_stacks_and_no_block(model, folder, inputs, tmp_p
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     assert torch.equal(split.generate(**inputs, **options), model.generate(**inputs, **options))
     assert_same(AutoModelForImageTextToText.from_pretrained(folder, device_map="auto"), model)
+
+
+def test_device_map_auto_fits_any_budget(folder, tmp_path):
+    """What is made of bare parameters is one piece; the largest pieces are the tables."""
+    for size in range(60_000, 160_000, 5_000):
+        budget = {"cpu": size}
+        split = AutoModelForImageTextToText.from_pretrained(
+            folder, device_map="auto", max_memory=budget, offload_folder=tmp_path
+        )
+        assert not any(name.startswith("embedding.patch_embed.") for name in split.hf_device_map), size
+
+
+def test_an_adapters_folder_is_its_base_and_the_adapter(processor, inputs, tmp_path):
+    tiny_hovle(processor.tokenizer).save_pretrained(tmp_path / "ours")
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "released"), "--to", "released"]) == 0
+    for base in ("ours", "released"):
+        model = HovleForConditionalGeneration.from_pretrained(tmp_path / base)
+        lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+        adapted = get_peft_model(model, lora).eval()
+        adapted.save_pretrained(tmp_path / f"adapter-{base}")
+        again, info = HovleForConditionalGeneration.from_pretrained(
+            tmp_path / f"adapter-{base}", output_loading_info=True
+        )
+        assert not any(info.values())
+        assert not again.training
+        assert torch.equal(again(**inputs).logits, adapted(**inputs).logits)
+        logits = again(**inputs).logits
+        again.disable_adapters()
+        assert not torch.equal(again(**inputs).logits, logits)
+    from_auto = AutoModelForImageTextToText.from_pretrained(tmp_path / "adapter-ours")
+    ours = HovleForConditionalGeneration.from_pretrained(str(tmp_path), subfolder="adapter-ours")
+    assert_same(ours, from_auto)
+    assert ours.name_or_path == from_auto.name_or_path
+
+
+def test_an_adapter_without_a_base_or_in_a_pickle_is_refused(tmp_path):
+    config = tmp_path / "adapter_config.json"
+    for base, error, message in (
+        (None, ValueError, "names no base_model_name_or_path: load the base model, then the adapter"),
+        ("x", FileNotFoundError, "no adapter_model.safetensors"),
+    ):
+        config.write_text(json.dumps({"base_model_name_or_path": base, "peft_type": "LORA"}))
+        (tmp_path / "adapter_model.bin").write_bytes(b"")
+        with pytest.raises(error, match=message):
+            HovleForConditionalGeneration.from_pretrained(tmp_path)
 
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing(processor, inputs):

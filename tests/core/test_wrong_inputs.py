@@ -1,5 +1,7 @@
 """What a user gets wrong and is told: checkpoints that do not fit, pictures of other kinds, conversations."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,22 @@ def test_a_tensor_too_few_or_too_many_is_named(saved):
     save_file(tensors, file, {"format": "pt"})
     _, info = AutoModelForImageTextToText.from_pretrained(saved, output_loading_info=True)
     assert not info["missing_keys"]
+
+
+def test_a_misshapen_tensor_is_named(saved):
+    file = saved / "model.safetensors"
+    name = "embedding.layers.0.mlp.up_proj.weight"
+    tensors = load_file(file)
+    shape = list(tensors[name].shape)
+    save_file(tensors | {name: torch.zeros(3, 5)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=re.escape(f"{name} is [3, 5], expected {shape}")):
+        AutoModelForImageTextToText.from_pretrained(saved)
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        saved, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert [found[0] for found in info["mismatched_keys"]] == [name]
+    assert list(model.get_parameter(name).shape) == shape
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
 def test_pictures_of_16_bits_are_scaled_and_of_floats_refused():

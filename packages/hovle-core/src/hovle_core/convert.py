@@ -27,6 +27,8 @@ from hovle_core.official_tensors import Entry, check_ours, check_released, layou
 from hovle_core.processor import HovleProcessor
 from hovle_core.tensor_files import SAFETENSORS, SAFETENSORS_INDEX, TensorFiles
 
+logger = logging.get_logger(__name__)
+
 Format = Literal["released", "hovle"]
 
 # Beside a converted checkpoint of ours: the small files of the one it comes from, for the way back.
@@ -178,16 +180,10 @@ def _write_hovle_files(plan: Plan, folder: Path) -> None:
     config = plan.config
     config.architectures = ["HovleForConditionalGeneration"]
     config.save_pretrained(folder)
-    generation = _generation_config(plan.source)
-    ends = generation.eos_token_id or config.text_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    if plan.has_tokenizer:
-        processor = processor_from_released(plan.source)
+    processor = processor_from_released(plan.source) if plan.has_tokenizer else None
+    if processor is not None:
         processor.save_pretrained(folder)
-        ends.append(processor.tokenizer.eos_token_id)
-    generation.eos_token_id = sorted({end for end in ends if end is not None}) or None
-    generation.suppress_tokens = [config.image_token_id]
-    generation.save_pretrained(folder)
+    _released_generation(plan.source, config, processor).save_pretrained(folder)
     (folder / KEPT).mkdir()
     for name in (*TOKENIZER_FILES, PREPROCESSOR_CONFIG, GENERATION_CONFIG):
         _copy(plan.source / name, folder / KEPT / name)
@@ -208,6 +204,37 @@ def _write_released_files(plan: Plan, folder: Path) -> None:
     generation = _generation_config(plan.source)
     generation.suppress_tokens = None
     generation.save_pretrained(folder)
+
+
+def generation_from_released(folder: Path, config: HovleConfig) -> GenerationConfig:
+    """The generation config of a released folder as a conversion writes it, of a model with this `config`.
+
+    A tokenizer that is there and cannot be read is told in the log: the weights do not need it.
+    """
+    processor = None
+    if has_tokenizer(folder):
+        try:
+            processor = processor_from_released(folder)
+        except Exception as error:  # whatever it is, HovleProcessor.from_pretrained raises it
+            logger.warning(f"{folder}: end tokens are config.json's alone, for want of a tokenizer: {error}")
+    return _released_generation(folder, config, processor)
+
+
+def _released_generation(
+    source: Path, config: HovleConfig, processor: HovleProcessor | None
+) -> GenerationConfig:
+    """`generation_config.json` and what the LLM's config adds; the processor's tokenizer says what ends an answer."""
+    generation, llm = _generation_config(source), config.text_config
+    ends = generation.eos_token_id or llm.eos_token_id
+    ends = list(ends) if isinstance(ends, list) else [ends]
+    if processor is not None:
+        ends.append(processor.tokenizer.eos_token_id)
+    generation.eos_token_id = sorted({end for end in ends if end is not None}) or None
+    for name in ("bos_token_id", "pad_token_id"):
+        if getattr(generation, name) is None:
+            setattr(generation, name, getattr(llm, name))
+    generation.suppress_tokens = [config.image_token_id]
+    return generation
 
 
 def _generation_config(source: Path) -> GenerationConfig:

@@ -45,7 +45,7 @@ class HolisticEmbedding(PreTrainedModel):
     config: HolisticEmbeddingConfig
     base_model_prefix = "embedding"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TransformerBlock"]
+    _no_split_modules = ["TransformerBlock", "PatchEmbed"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: HolisticEmbeddingConfig):

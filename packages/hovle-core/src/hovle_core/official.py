@@ -29,6 +29,10 @@ _ARCHITECTURE = {INTERNLM2: "InternLM2ForCausalLM", "llama": "LlamaForCausalLM",
 # transformers 4 had two fields where 5 has one, and derived the others.
 _OLD_ROPE = ("rope_theta", "rope_scaling")
 _NEW_FIELDS = ("rope_parameters", "layer_types", "head_dim")
+# The parts of a released `config.json` that are patched field by field; any other value is replaced whole.
+_SECTIONS = ("embedding_config", "llm_config")
+# The scaled RoPE of the released blocks and of InternLM2; each takes a factor and nothing else.
+_INTERNLM2_ROPE = ("linear", "dynamic")
 # What an InternLM2 has no word for.
 _NOT_INTERNLM2 = ("mlp_bias", "pretraining_tp", "attention_dropout")
 
@@ -84,7 +88,7 @@ def read_released_config(folder: Path) -> HovleConfig:
 
 
 def config_from_released(released: Mapping[str, Any]) -> HovleConfig:
-    """A released `config.json` as a HovleConfig, which keeps it as `released`.
+    """A released `config.json` as a HovleConfig, which keeps a copy of it as `released`.
 
     Raises ValueError naming a field with a value that this model has no counterpart for.
     """
@@ -124,10 +128,13 @@ def llm_config_from_released(llm: Mapping[str, Any]) -> PreTrainedConfig:
 def _kept(
     config_class: type[PreTrainedConfig], released: Mapping[str, Any], names: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The fields of `released` that the config class itself has. Dumps of transformers 4 hold dozens of others."""
+    """The fields of `released` that the config class itself has. Dumps of transformers 4 hold dozens of others.
+
+    They are copies: transformers writes rope_type and rope_theta into the dict that it is given.
+    """
     known = (own_fields(config_class) | set(_OLD_ROPE)) - {"layer_types"}
     renamed = {names.get(name, name): value for name, value in released.items()}
-    return {name: value for name, value in renamed.items() if name in known}
+    return {name: copy.deepcopy(value) for name, value in renamed.items() if name in known}
 
 
 def own_fields(config_class: type[PreTrainedConfig]) -> set[str]:
@@ -165,7 +172,7 @@ def config_to_released(
     before = _written(
         origin, None if image_processor is None else image_processor_from_released(config.released)
     )
-    return _patched(config.released, before, _written(config, image_processor))
+    return _patched(copy.deepcopy(config.released), before, _written(config, image_processor))
 
 
 def _patched(
@@ -174,8 +181,8 @@ def _patched(
     """`original` with the values that differ between `before` and `now`."""
     patched = dict(original)
     for name, value in now.items():
-        if isinstance(value, Mapping) and isinstance(original.get(name), Mapping):
-            patched[name] = _patched(original[name], before.get(name) or {}, value)
+        if name in _SECTIONS:
+            patched[name] = _patched(original[name], before[name], value)
         elif name not in before or before[name] != value:
             patched[name] = value
     return patched
@@ -193,7 +200,10 @@ def _written(config: HovleConfig, image_processor: "HovleImageProcessor | None")
                 f"{part}.head_dim {head_dim} is not hidden_size / num_attention_heads, as the released format has it"
             )
     dtype = {} if config.dtype is None else {"torch_dtype": str(config.dtype).removeprefix("torch.")}
-    blocks = _old_fields(embedding)
+    blocks = {
+        **_old_fields(embedding),
+        "rope_scaling": _internlm2_rope_scaling(embedding, "embedding_config"),
+    }
     for name, value in _UNSAID.items():
         if blocks.pop(name) != value:
             raise ValueError(
@@ -222,21 +232,44 @@ def _old_llm(llm: PreTrainedConfig, kind: str) -> dict[str, Any]:
     if kind == INTERNLM2:
         fields = {name: value for name, value in fields.items() if name not in _NOT_INTERNLM2}
         fields["bias"] = fields.pop("attention_bias")
+        fields["rope_scaling"] = _internlm2_rope_scaling(llm, "text_config")
     return {"model_type": kind, "architectures": [_ARCHITECTURE[kind]], **fields}
 
 
 def _old_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """A config's own fields with the names of transformers 4."""
-    rope = dict(config.rope_parameters or {})
-    kind = rope.pop("rope_type", "default")
-    rope.pop("type", None)
-    theta = rope.pop("rope_theta", 10000.0)
     names = sorted(own_fields(type(config)) - set(_NEW_FIELDS))
     return {
         **{name: getattr(config, name) for name in names},
-        "rope_theta": theta,
-        "rope_scaling": None if kind == "default" else {"type": kind, **rope},
+        "rope_theta": (config.rope_parameters or {}).get("rope_theta", 10000.0),
+        "rope_scaling": _rope_scaling(config),
     }
+
+
+def _rope_scaling(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """`rope_scaling` of transformers 4, which knows a factor by its being a float."""
+    rope = {name: value for name, value in (config.rope_parameters or {}).items() if name != "rope_theta"}
+    kind = rope.pop("type", "default")
+    kind = rope.pop("rope_type", kind)
+    if isinstance(rope.get("factor"), int):
+        rope["factor"] = float(rope["factor"])
+    return None if kind == "default" else {"type": kind, **rope}
+
+
+def _internlm2_rope_scaling(config: PreTrainedConfig, part: str) -> dict[str, Any] | None:
+    """As `_rope_scaling`. Raises ValueError for what the released blocks and InternLM2 cannot do."""
+    scaling = _rope_scaling(config)
+    if scaling is None:
+        return None
+    factor = scaling.get("factor")
+    known = scaling["type"] in _INTERNLM2_ROPE and isinstance(factor, float) and factor >= 1
+    if not known or len(scaling) != 2:
+        raise ValueError(
+            f"{part}.rope_parameters is {config.rope_parameters!r}, and of scaled RoPE the released code knows only "
+            f"rope_type {' and '.join(map(repr, _INTERNLM2_ROPE))} with a factor of 1 or more and nothing else: keep "
+            "this checkpoint in hovle's own format"
+        )
+    return scaling
 
 
 def _tiling(image_processor: "HovleImageProcessor") -> dict[str, Any]:
