@@ -6,7 +6,7 @@ Shapes: B batch, T tokens of the prompt, D hidden size.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -15,6 +15,10 @@ from hovle_core.cache import check_room, is_padded
 from hovle_core.config import HovleConfig
 from hovle_core.fusion import Expansion, after_cache, check_placeholders, expand_placeholders, text_step
 from hovle_core.holistic_embedding import HolisticEmbedding
+
+# An adapter's product is rounded otherwise in another number of rows: by up to 5 float32 eps of its largest value where
+# measured (rank 256), and by one rounding of the result's own type.
+ADAPTER_ROUNDING = 2**-18
 
 
 def split_cache(cache: Cache, num_llm_layers: int) -> tuple[Cache, Cache]:
@@ -73,8 +77,14 @@ class HovleGenerationMixin(GenerationMixin):
         """Where the placeholders are, `[B, T]`; `tokens` are `input_ids [B, T]` or `inputs_embeds [B, T, D]`."""
         if tokens.ndim == 2:
             return tokens == self.config.image_token_id
-        placeholder = self.embedding.embed_tokens.weight[self.config.image_token_id]
-        return (tokens == placeholder).all(-1)
+        # Through the module: its weight may be offloaded, or have an adapter, which may be another one in each row.
+        embed_tokens = self.embedding.embed_tokens
+        ids = tokens.new_full((tokens.shape[0], 1), self.config.image_token_id, dtype=torch.long)
+        placeholder = embed_tokens(ids).to(tokens.device)  # [B, 1, D]
+        if type(embed_tokens) is nn.Embedding:
+            return (tokens == placeholder).all(-1)
+        tolerance = torch.finfo(tokens.dtype).eps + ADAPTER_ROUNDING
+        return (tokens - placeholder).abs().amax(-1) <= tolerance * placeholder.abs().amax(-1)
 
     def _wider_by(self, tokens: Tensor) -> int:
         """How many more tokens the blocks see than the LLM, at most, in a row of `tokens`, which hold pictures."""
@@ -169,9 +179,11 @@ class HovleGenerationMixin(GenerationMixin):
         if pictures or not (behind and cache.is_compileable):
             return view
         check_room(blocks_cache, view.attention_mask.shape[1], "the embedding blocks")
+        # The mask takes shape, type and device of what the blocks will read; the weights may be offloaded.
+        like = torch.empty(is_image.shape[0], new, 0, dtype=self.embedding.dtype, device=is_image.device)
         mask = create_causal_mask(
             config=self.config.embedding_config,
-            inputs_embeds=self.embedding.embed_tokens.weight.new_empty(is_image.shape[0], new, 0),
+            inputs_embeds=like,
             attention_mask=view.attention_mask,
             past_key_values=blocks_cache,
             position_ids=view.position_ids,

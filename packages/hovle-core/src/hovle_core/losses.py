@@ -35,7 +35,9 @@ def causal_lm_loss(language_model: PreTrainedModel, labels: Tensor, **inputs: An
 
     The head runs where there is a target and nowhere else (`[K, V]`, never `[B, T, V]`). Families that are not known
     to have plain heads are called as they are, and give logits at every position that is a target in any row.
+    The first token of a packed sample is no target (`within_samples`).
     """
+    labels = within_samples(labels, inputs.get("position_ids"), inputs.get("attention_mask"))
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     is_target = targets != IGNORE_INDEX  # [B, T]
     if language_model.config.model_type in PLAIN_HEADS:
@@ -44,6 +46,18 @@ def causal_lm_loss(language_model: PreTrainedModel, labels: Tensor, **inputs: An
     keep = is_target.any(0).nonzero()[:, 0]
     logits = language_model(**inputs, logits_to_keep=keep).logits[is_target[:, keep]]
     return F.cross_entropy(logits.float(), targets[is_target], reduction="sum")
+
+
+def within_samples(labels: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    """`labels [B, T]` without the first token of each packed sample, which the sample before it would predict.
+
+    position_ids: `[B, T]` or `[1, T]`; samples begin where they restart. With an attention_mask nothing is packed
+    (`hovle_core.attention`), and the labels stay as they are.
+    """
+    if position_ids is None or attention_mask is not None:
+        return labels
+    starts = F.pad(torch.diff(position_ids, dim=1) != 1, (1, 0), value=False)
+    return labels.masked_fill(starts, IGNORE_INDEX)
 
 
 def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

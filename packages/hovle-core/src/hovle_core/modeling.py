@@ -30,7 +30,7 @@ from hovle_core.generation import HovleGenerationMixin
 from hovle_core.holistic_embedding import HolisticEmbedding
 from hovle_core.hub import HUB_ARGUMENTS, local_folder
 from hovle_core.layers import TransformerBlock
-from hovle_core.losses import IGNORE_INDEX, causal_lm_loss
+from hovle_core.losses import IGNORE_INDEX, causal_lm_loss, within_samples
 from hovle_core.official import is_released, read_released_config
 from hovle_core.official_tensors import load_released
 
@@ -267,6 +267,8 @@ class HovleForConditionalGeneration(PreTrainedModel, HovleGenerationMixin):
             "past_key_values": llm_cache,
             "use_cache": past_key_values is not None,
         }
+        if labels is not None:  # for the mean over targets, and for the LLM's own loss
+            labels = within_samples(labels, position_ids, attention_mask)
         no_logits = isinstance(logits_to_keep, Tensor) and logits_to_keep.numel() == 0
         if labels is not None and (self.training or no_logits):
             divisor = kwargs.pop("num_items_in_batch", None)
