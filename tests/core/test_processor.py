@@ -86,7 +86,9 @@ def test_a_text_full_of_special_tokens_takes_few_calls_of_the_tokenizer(processo
     """A call takes longer than a token's name is long, and a server's other clients wait for it."""
     calls, tokenizer = [], processor.tokenizer
     call = type(tokenizer).__call__
-    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, *a, **k: calls.append(1) or call(self, *a, **k))
+    monkeypatch.setattr(
+        type(tokenizer), "__call__", lambda self, *a, **k: calls.append(1) or call(self, *a, **k)
+    )
     typed = " ".join(f"x{i} <img> <|im_end|>" for i in range(repeats))
     encoded = processor.encode([{"role": "user", "content": typed}], add_generation_prompt=True)
     assert len(calls) < 32
@@ -102,7 +104,9 @@ def test_an_answer_may_come_first(processor):
     greeting, question = {"role": "assistant", "content": "this is a"}, {"role": "user", "content": "red"}
     encoded = processor.encode([greeting, question], add_generation_prompt=True)
     decode = processor.tokenizer.decode
-    assert decode(encoded.input_ids).startswith("<|im_start|>assistant\nthis is a<|im_end|>\n<|im_start|>user\nred")
+    assert decode(encoded.input_ids).startswith(
+        "<|im_start|>assistant\nthis is a<|im_end|>\n<|im_start|>user\nred"
+    )
     assert decode(encoded.input_ids[encoded.labels >= 0]) == "this is a<|im_end|>"
 
 

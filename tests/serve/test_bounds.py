@@ -225,15 +225,17 @@ def test_long_texts_are_tokenised_one_at_a_time_and_short_ones_beside_them(serve
         return encode(processor, messages, *args, **kwargs)
 
     monkeypatch.setattr(HovleProcessor, "encode", slow)
+    monkeypatch.setattr(api, "MAX_LONG", 4)
     server = serve()
     long = {"messages": [{"role": "user", "content": "this is " * 3000}]}
     asked = [pool.submit(server.post, long) for _ in range(8)]
     try:
-        until(lambda: now)
+        until(lambda: now and sum(request.done() for request in asked) == 4)
+        assert {request.result().status_code for request in asked if request.done()} == {429}
         assert server.post({}).status_code == 200
     finally:
         may.set()
-    assert {request.result(WAIT).status_code for request in asked} <= {200, 400}
+    assert sorted(request.result(WAIT).status_code for request in asked)[4:] == [429] * 4
     assert max(most) == 1
 
 

@@ -171,6 +171,68 @@ def test_who_does_not_read_is_given_up_and_frees_its_place(serve, monkeypatch):
     assert b"data: [DONE]" not in got
 
 
+def slowed(server) -> None:
+    """Answers of 400 tokens take far longer than any test waits."""
+    server.engine.model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+
+
+@pytest.mark.parametrize("seconds", [0, 0.5])
+def test_who_is_not_answered_before_a_stopped_server_ends_hears_so(serve, monkeypatch, seconds):
+    monkeypatch.setattr(listener, "DRAIN_SECONDS", seconds)
+    monkeypatch.setattr(listener, "FAREWELL_SECONDS", 20)  # nobody needs it
+    server = serve(max_batch=2)
+    slowed(server)
+    streamed, long = threading.Event(), {"max_tokens": 400}
+
+    def stream() -> str:
+        body = {"model": server.name, "messages": HI, "stream": True, **long}
+        with server.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            first = next(lines)
+            streamed.set()
+            return "\n".join([first, *lines])  # raises unless the stream has a proper end
+
+    with ThreadPoolExecutor(4) as pool:
+        begun = pool.submit(stream)
+        assert streamed.wait(30)
+        refused = [pool.submit(server.post, long)]
+        until(lambda: server.engine.num_active == 2)
+        refused += [pool.submit(server.post, long | {"stream": is_stream}) for is_stream in (False, True)]
+        until(lambda: server.engine.num_waiting == 2)
+        server._server.should_exit = True
+        *_, event, _ = begun.result().split("\n")
+        answers = [one.result() for one in refused]
+    assert json.loads(event.removeprefix("data: "))["error"]["message"] == "the server is shutting down"
+    for answer in answers:
+        assert answer.status_code == 503
+        assert answer.headers["Retry-After"]
+        assert answer.json()["error"]["message"] == "the server is shutting down"
+
+
+def test_a_stopped_server_answers_what_ends_within_its_drain(serve):
+    server = serve()
+    alone = server.post({"max_tokens": 8}).json()["choices"]
+    slowed(server)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.post, {"max_tokens": 8})
+        until(lambda: server.engine.num_active)
+        server._server.should_exit = True
+        assert answer.result().json()["choices"] == alone
+
+
+def test_who_still_sends_when_a_stopped_server_ends_hears_so(serve, monkeypatch):
+    monkeypatch.setattr(listener, "DRAIN_SECONDS", 0)
+    monkeypatch.setattr(listener, "FAREWELL_SECONDS", 0.1)
+    server = serve()
+    with connect(server) as connection:
+        connection.sendall(head("Content-Length: 1000") + b'{"model":')
+        until(lambda: server._server.server_state.tasks)
+        server._server.should_exit = True
+        answer = read_until(connection, b"the server is shutting down").lower()
+    assert answer.startswith(b"http/1.1 503")
+    assert b"retry-after" in answer
+
+
 @contextlib.contextmanager
 def serving(app):
     """Where `app` is, behind a listener of its own."""

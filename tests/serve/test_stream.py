@@ -1,5 +1,7 @@
-"""Text comes in whole characters, and all pieces together are what the tokenizer decodes."""
+"""Text comes in whole characters, and all pieces together, or the bytes of all tokens, are what is decoded."""
 
+import asyncio
+import json
 import threading
 from contextlib import closing
 
@@ -11,6 +13,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from hovle_core.testing import tiny_tokenizer
+from hovle_serve.answer import Piece, TokenLogprob
+from hovle_serve.completions import Completion
 from hovle_serve.stream import THREAD_NAME, Detokenizer, max_answer_tokens, stream_answer
 
 TEXTS = ["日本語の猫", "a 🐈‍⬛ and 👩🏽‍🚀!", "naïve — “q”", "\n\n  indented\n", "Ω≈ç√ 한국어 ไทย", "🇫🇷"]
@@ -32,6 +36,20 @@ def fallback_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
 
 
+class Joined:
+    """A byte-level tokenizer with any tokens."""
+
+    def __init__(self, tokens: list[bytes]) -> None:
+        self.tokens = tokens
+
+    def decode(self, ids, **options) -> str:
+        return b"".join(self.tokens[i] for i in ids).decode(errors="replace")
+
+
+FALLBACK = fallback_tokenizer()
+TOKENIZERS = pytest.mark.parametrize("tokenizer", [BYTES, FALLBACK], ids=["byte-level", "byte-fallback"])
+
+
 def pieces_of(tokenizer, ids: list[int]) -> list[str]:
     detokenizer = Detokenizer(tokenizer)
     return [*map(detokenizer.push, ids), detokenizer.flush()]
@@ -42,7 +60,7 @@ def whole(tokenizer, ids: list[int]) -> str:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("tokenizer", [BYTES, fallback_tokenizer()], ids=["byte-level", "byte-fallback"])
+@TOKENIZERS
 def test_no_character_is_split(tokenizer, text):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     pieces = pieces_of(tokenizer, ids)
@@ -58,9 +76,8 @@ def test_a_character_comes_with_its_last_token():
 
 
 def test_a_space_before_a_word_survives_decoders_that_strip_the_first():
-    tokenizer = fallback_tokenizer()
-    ids = tokenizer.convert_tokens_to_ids(["▁a", "▁cat", "▁a"])
-    assert pieces_of(tokenizer, ids) == ["a", " cat", " a", ""]
+    ids = FALLBACK.convert_tokens_to_ids(["▁a", "▁cat", "▁a"])
+    assert pieces_of(FALLBACK, ids) == ["a", " cat", " a", ""]
 
 
 def test_special_tokens_are_silent_and_an_unfinished_character_is_shown_at_the_end():
@@ -74,7 +91,116 @@ def test_pieces_join_to_the_decoded_whole_for_any_tokens(ids):
     """Also for bytes that are no text at all."""
     pieces = pieces_of(BYTES, ids)
     assert "".join(pieces) == whole(BYTES, ids)
-    assert not any(piece.endswith("\ufffd") for piece in pieces[:-1])
+
+
+@pytest.mark.parametrize("unit", ["\ufffd", "\ufffd猫", "🐈\ufffd\ufffd a cat", "\ufffd a é\ufffd🐈"])
+@TOKENIZERS
+def test_a_replacement_character_that_was_meant_is_not_waited_behind(tokenizer, unit, monkeypatch):
+    """Neither is it, and all behind it, decoded again with every token."""
+    text = unit * 200
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    said, decode, decoded = whole(tokenizer, ids), tokenizer.decode, []
+
+    def counted(ids, **options):
+        decoded.append(len(ids))
+        return decode(ids, **options)
+
+    monkeypatch.setattr(tokenizer, "decode", counted)
+    pieces = pieces_of(tokenizer, ids)
+    assert "".join(pieces) == said == text
+    assert sum(decoded) < 100 * len(ids)
+    silent = "".join("-" if piece else " " for piece in pieces[:-1])
+    assert (
+        " " * 5 not in silent
+    )  # a space that the text begins without, and what may be a character of four bytes
+
+
+def test_special_tokens_within_a_character_are_silent_however_many():
+    start = BYTES.convert_tokens_to_ids("<|im_start|>")
+    first, *rest = BYTES("猫", add_special_tokens=False)["input_ids"]
+    assert pieces_of(BYTES, [first, *[start] * 9, *rest]) == [*[""] * 11, "猫", ""]
+
+
+@given(
+    st.lists(st.sampled_from([b"\xef\xbf\xbd", b"a", "猫".encode(), "é".encode()]), max_size=30), st.randoms()
+)
+def test_tokens_with_the_end_of_a_character_and_the_beginning_of_another(characters, random):
+    data, tokens = b"".join(characters), []
+    while data:
+        size = random.randint(1, 4)
+        tokens.append(data[:size])
+        data = data[size:]
+    tokenizer = Joined(tokens)
+    assert "".join(pieces_of(tokenizer, [*range(len(tokens))])) == b"".join(characters).decode()
+
+
+async def delivered(tokenizer, ids: list[int]):
+    """As the engine delivers them: a token that says nothing yet comes with the next one."""
+    detokenizer, waiting = Detokenizer(tokenizer), []
+    for i, token in enumerate(ids):
+        waiting.append(TokenLogprob(token, -1.0, ((token, -1.0),)))
+        if text := detokenizer.push(token):
+            yield 0, Piece(text, tuple(waiting), i + 1, None)
+            waiting = []
+    yield 0, Piece(detokenizer.flush(), tuple(waiting), len(ids), "length")
+
+
+def whole_answer(tokenizer, ids: list[int]) -> tuple[str, list[dict]]:
+    completion = Completion("tiny", tokenizer, 1, 0, (), 1)
+    choice = asyncio.run(completion.whole(delivered(tokenizer, ids)))["choices"][0]
+    return choice["message"]["content"], choice["logprobs"]["content"]
+
+
+def streamed_answer(tokenizer, ids: list[int]) -> list[dict]:
+    async def tokens():
+        events = delivered(tokenizer, ids)
+        stream = Completion("tiny", tokenizer, 1, 0, (), 1).stream(await anext(events), events, False, repr)
+        chunks = [json.loads(event[6:]) async for event in stream if "[DONE]" not in event]
+        listed = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+        return [token for one in listed if one for token in one["content"]]
+
+    return asyncio.run(tokens())
+
+
+def joined(tokens: list[dict]) -> str:
+    return b"".join(bytes(token["bytes"] or []) for token in tokens).decode()
+
+
+@TOKENIZERS
+@pytest.mark.parametrize(
+    "text", ["a cat a cat", " a  cat", "naïve 猫 🐈!", "\ufffd a\ufffd", "a\n\nt", "猫 a"]
+)
+def test_the_bytes_of_all_tokens_are_the_content(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    content, tokens = whole_answer(tokenizer, ids)
+    assert joined(tokens) == content == whole(tokenizer, ids) == text
+    assert [token["top_logprobs"][0]["bytes"] for token in tokens] == [token["bytes"] for token in tokens]
+    assert streamed_answer(tokenizer, ids) == tokens
+
+
+def test_a_word_has_its_space_but_where_the_text_begins():
+    ids = FALLBACK.convert_tokens_to_ids(["▁cat", "▁cat", "▁", "▁cat"])
+    content, tokens = whole_answer(FALLBACK, ids)
+    assert content == "cat cat  cat"
+    assert [token["token"] for token in tokens] == ["cat", " cat", " ", " cat"]
+
+
+@TOKENIZERS
+def test_part_of_a_character_has_its_bytes(tokenizer):
+    ids = tokenizer("a猫", add_special_tokens=False)["input_ids"][-3:]
+    content, tokens = whole_answer(tokenizer, ids)
+    assert content == "猫"
+    assert [token["bytes"] for token in tokens] == [[byte] for byte in "猫".encode()]
+    assert {token["token"] for token in tokens} == {"\ufffd"}
+
+
+def test_special_tokens_have_a_name_and_no_bytes():
+    ids = [FALLBACK.unk_token_id, *FALLBACK.convert_tokens_to_ids(["▁cat", "<unk>", "▁a"])]
+    content, tokens = whole_answer(FALLBACK, ids)
+    assert joined(tokens) == content == "cat a"
+    assert [(token["token"], token["bytes"] is None) for token in tokens] == [
+        ("<unk>", True), ("cat", False), ("<unk>", True), (" a", False),
+    ]  # fmt: skip
 
 
 def prompt_of(processor, text: str):

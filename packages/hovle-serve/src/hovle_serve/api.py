@@ -15,13 +15,14 @@ from hovle_serve.engine import Engine, EngineClosedError, QueueFullError
 from hovle_serve.front import RETRY_AFTER, Front, busy, routes
 from hovle_serve.media import MediaFetcher
 from hovle_serve.metrics import Metrics
-from hovle_serve.prompts import Fetched, Prompt, PromptEncoder, has_links, has_pictures
+from hovle_serve.prompts import Fetched, Prompt, PromptEncoder, has_links, has_pictures, is_long
 from hovle_serve.protocol import ChatRequest, Limits, RequestError
 from hovle_serve.sampling import Sampling
 
 DEFAULT_MAX_TOKENS = 512
 MAX_DECODERS = 2  # requests whose pictures are decoded at a time
 MAX_FETCHERS = 8  # requests that fetch pictures or hold fetched ones; a slow host keeps no decoder
+MAX_LONG = 32  # requests with long texts, of which one is tokenised at a time
 MAX_PICTURED = 64  # requests with pictures being prepared or waiting: the rest of MAX_PREPARED is text's
 
 
@@ -34,7 +35,8 @@ def create_app(
 ) -> FastAPI:
     """The app that serves `engine` as model `name`, and closes it at its shutdown.
 
-    access: whose keys have to come as `Authorization: Bearer`, but for `/` and `/health`; None means everybody.
+    access: whose keys have to come as `Authorization: Bearer`, but for `/`, `/health` and `/openapi.json`; None means
+        everybody.
     media: fetches pictures that are given by URL; without one they are refused.
     """
     service = _Service(engine, name, access or Access(), limits or Limits(), media)
@@ -62,7 +64,8 @@ class _Service(Front):
         self.engine, self._metrics, self._media = engine, Metrics(engine), media
         self._prompts = PromptEncoder(engine.processor, limits)
         self._decoders, self._fetchers = asyncio.Semaphore(MAX_DECODERS), asyncio.Semaphore(MAX_FETCHERS)
-        self._num_pictured = 0
+        self._turn_of_long = asyncio.Semaphore(1)
+        self._num_pictured = self._num_long = 0
         super().__init__([name], access, limits, self._metrics.registry)
 
     def check_room(self) -> None:
@@ -73,9 +76,24 @@ class _Service(Front):
         return self.engine.is_running
 
     async def prepare(self, body: ChatRequest, raw: bytes) -> _Prepared:
-        async with self._prompts.turn(body):
+        async with self._turn(body):
             prompt = await (self._pictured(body) if has_pictures(body) else self._encoded(body, {}))
         return _Prepared(body.model_copy(update={"messages": []}), prompt)
+
+    @asynccontextmanager
+    async def _turn(self, body: ChatRequest) -> AsyncIterator[None]:
+        """Long texts take turns: the threads that requests are prepared in are few, and would all wait for them."""
+        if not is_long(body):
+            yield
+            return
+        if self._num_long >= MAX_LONG:
+            raise busy("too many long texts are being read")
+        self._num_long += 1
+        try:
+            async with self._turn_of_long:
+                yield
+        finally:
+            self._num_long -= 1
 
     async def _pictured(self, body: ChatRequest) -> Prompt:
         if self._num_pictured >= MAX_PICTURED or not self.engine.has_room(tile_bytes=1):

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -13,6 +14,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from fastapi import Request as HttpRequest
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hovle_core.processor import Encoded
 from hovle_serve.answer import Piece, TokenLogprob
@@ -28,6 +30,8 @@ Events = AsyncGenerator[tuple[int, Piece], None]
 # JSON knows no infinity; a token that is never said has this logprob.
 _NEVER = -9999.0
 _MAX_SPELLED = 2**14  # tokens of which one response keeps the text
+_BYTE = re.compile("<0x([0-9A-F]{2})>")  # a byte-fallback vocabulary's name of one
+_BYTES = {written: byte for byte, written in bytes_to_unicode().items()}  # and how byte-level ones write it
 
 
 async def answer(
@@ -120,7 +124,7 @@ class Completion:
             async for index, piece in events:
                 texts[index].append(piece.text)
                 # Not at the end, when those of all tokens together would keep everybody waiting.
-                logprobs[index] += map(self._token_logprob, piece.logprobs)
+                logprobs[index] += self._token_logprobs(piece, is_first=last[index] is None)
                 last[index] = piece
         choices = [
             {
@@ -168,9 +172,8 @@ class Completion:
 
         chunks = [choice({"role": "assistant", "content": ""})] if is_first else []
         if piece.text or piece.logprobs:
-            chunks.append(
-                choice({"content": piece.text}, _logprobs([*map(self._token_logprob, piece.logprobs)]))
-            )
+            logprobs = _logprobs(self._token_logprobs(piece, is_first))
+            chunks.append(choice({"content": piece.text}, logprobs))
         if piece.finish_reason is not None:
             chunks.append(choice({}, reason=piece.finish_reason))
         return chunks
@@ -189,26 +192,56 @@ class Completion:
             },
         }
 
-    def _token_logprob(self, token: TokenLogprob) -> dict[str, Any]:
-        top = [self._token(*entry) for entry in token.top]
-        return {**self._token(token.token_id, token.logprob), "top_logprobs": top}
+    def _token_logprobs(self, piece: Piece, is_first: bool) -> list[dict[str, Any]]:
+        """Of the tokens of a piece, which may be the answer's first."""
+        tokens = []
+        for token in piece.logprobs:
+            tokens.append(self._token_logprob(token, is_first))
+            is_first = is_first and tokens[-1]["bytes"] is None  # special tokens are no beginning
+        return tokens
 
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text, spelling = self._spelled(token_id)
+    def _token_logprob(self, token: TokenLogprob, is_first: bool) -> dict[str, Any]:
+        top = [self._token(*entry, is_first) for entry in token.top]
+        return {**self._token(token.token_id, token.logprob, is_first), "top_logprobs": top}
+
+    def _token(self, token_id: int, logprob: float, is_first: bool) -> dict[str, Any]:
+        text, spelling = self._spelled(token_id, is_first)
         return {"token": text, "logprob": logprob if math.isfinite(logprob) else _NEVER, "bytes": spelling}
 
     @cached_property
-    def _spelled(self) -> Callable[[int], tuple[str, list[int] | None]]:
-        """Text and bytes of a token. Of the likeliest ones most are so time and again."""
-        tokenizer = self.tokenizer
+    def _spelled(self) -> Callable[[int, bool], tuple[str, list[int] | None]]:
+        """Text and bytes of a token, at the beginning of a text or within. Of the likeliest ones most are so time and
+        again."""
 
         @lru_cache(_MAX_SPELLED)
-        def spelled(token_id: int) -> tuple[str, list[int] | None]:
-            text = tokenizer.decode([token_id])
-            # A token that is part of a character has no text of its own, and its bytes depend on the tokenizer's kind.
-            return text, None if "\ufffd" in text else list(text.encode())
+        def spelled(token_id: int, is_first: bool) -> tuple[str, list[int] | None]:
+            return _spelled(self.tokenizer, token_id, is_first)
 
         return spelled
+
+
+def _spelled(tokenizer: Any, token_id: int, is_first: bool) -> tuple[str, list[int] | None]:
+    """Text and bytes of a token. Special tokens, of which an answer says nothing, have no bytes."""
+
+    def decode(*ids: int, **options: Any) -> str:
+        return tokenizer.decode([*ids], clean_up_tokenization_spaces=False, **options)
+
+    text = decode(token_id)
+    if text and not decode(token_id, skip_special_tokens=True):
+        return text, None
+    if not is_first:  # a tokenizer may drop the space that a text begins with
+        twice = decode(token_id, token_id)
+        text = twice[len(text) :] if twice.startswith(text) else text
+    return text, _bytes(tokenizer.convert_ids_to_tokens(token_id), text)
+
+
+def _bytes(name: str, text: str) -> list[int] | None:
+    """Of a token that the vocabulary calls `name`. One that is part of a character has no text of its own."""
+    if "\ufffd" not in text or "\ufffd" in name:
+        return list(text.encode())
+    if found := _BYTE.fullmatch(name):
+        return [int(found[1], 16)]
+    return [_BYTES[character] for character in name] if _BYTES.keys() >= {*name} else None
 
 
 def _logprobs(tokens: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -2,12 +2,14 @@
 
 import asyncio
 import ipaddress
+import socket
+import time
 from typing import Any
 from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hovle_serve import front
@@ -15,6 +17,7 @@ from hovle_serve.protocol import RequestError
 
 HEADER_SECONDS = 20.0
 DRAIN_SECONDS = 30  # a stopped server finishes what it answers, for so long
+FAREWELL_SECONDS = 2  # for those who still wait to be told, and for what of this to be sent
 
 
 class PunctualProtocol(H11Protocol):
@@ -106,15 +109,59 @@ def _is_local(host: str) -> bool:
         return False
 
 
+class LastWords:
+    """Tells with 503 who is cancelled before anything was answered, as those whose body still arrives when the server
+    ends. uvicorn's own word would be a 500."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_begun = False
+
+        async def begun(message: Message) -> None:
+            nonlocal is_begun
+            is_begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, begun)
+        except asyncio.CancelledError:
+            if scope["type"] != "http" or is_begun:
+                raise
+            stopped = RequestError(503, "the server is shutting down", headers=front.RETRY_AFTER)
+            await JSONResponse(stopped.body, stopped.status, stopped.headers)(scope, receive, send)
+
+
+class PatientServer(uvicorn.Server):
+    """Waits DRAIN_SECONDS for what it answers and then ends the app, which tells those who still wait. uvicorn's own
+    way is to cancel them first; so it does with who has not been told FAREWELL_SECONDS later."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for one in self.servers:
+            one.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while self._is_answering() and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        if self._is_answering():
+            await self.lifespan.shutdown()  # a second one, uvicorn's, does nothing
+        await super().shutdown(sockets)
+
+    def _is_answering(self) -> bool:
+        return bool(self.server_state.connections or self.server_state.tasks) and not self.force_exit
+
+
 def server(app: ASGIApp, log_level: str = "warning") -> uvicorn.Server:
     """To be run with the sockets it shall listen on."""
-    return uvicorn.Server(
+    return PatientServer(
         uvicorn.Config(
-            app,
+            LastWords(app),
             http=PunctualProtocol,
             ws="none",
             log_level=log_level,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
+            timeout_graceful_shutdown=FAREWELL_SECONDS,
             server_header=False,
         )
     )

@@ -1,11 +1,9 @@
 """A request's messages -> the model's prompt. Pictures come within the request, or were fetched before."""
 
-import asyncio
 import base64
 import binascii
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from threading import Lock
 
@@ -17,7 +15,7 @@ from hovle_core.rendering import Message
 from hovle_serve.media import FetchError, MediaFetcher
 from hovle_serve.protocol import ChatRequest, ImagePart, Limits, RequestError
 
-# Longer texts are prepared one at a time, apart from all others: a tokenizer is busy with the longest for a second.
+# Longer texts are tokenised apart from all others: it takes a second for the longest.
 LONG_TEXT = 20_000  # characters
 
 Fetched = Mapping[str, bytes | FetchError]
@@ -42,17 +40,13 @@ class Prompt:
 
 class PromptEncoder:
     """One processor for many threads: a tokenizer holds state while it works, so prompts are tokenised one by one, and
-    those of LONG_TEXT by another copy. `turn` is to be held around `encode`."""
+    those of LONG_TEXT by another copy."""
 
     def __init__(self, processor: HovleProcessor, limits: Limits) -> None:
         for_long = copy.copy(processor)
         for_long.tokenizer = copy.deepcopy(processor.tokenizer)
         self._processors = {False: (processor, Lock()), True: (for_long, Lock())}
-        self._limits, self._turn_of_long = limits, asyncio.Semaphore(1)
-
-    def turn(self, body: ChatRequest) -> AbstractAsyncContextManager[None]:
-        """Keeps threads from waiting for each other."""
-        return self._turn_of_long if _is_long(body) else nullcontext()
+        self._limits = limits
 
     async def fetch(self, body: ChatRequest, media: MediaFetcher) -> Fetched:
         """The pictures that are given by URL, for `encode`. Nothing is fetched for a body that has too many."""
@@ -64,7 +58,7 @@ class PromptEncoder:
         """Raises RequestError (400) naming the part at fault. No picture is decoded before all passed the limits."""
         messages, files = _read_messages(body, self._limits)
         data = [(place, _data(place, url, fetched or {})) for place, url in files]
-        processor, lock = self._processors[_is_long(body)]
+        processor, lock = self._processors[is_long(body)]
         pictures = _measured(data, processor, self._limits)
         tiles = _cut(data, processor, self._limits)  # takes long, and nothing of the tokenizer
         try:
@@ -75,7 +69,7 @@ class PromptEncoder:
         return Prompt(encoded, pictures)
 
 
-def _is_long(body: ChatRequest) -> bool:
+def is_long(body: ChatRequest) -> bool:
     contents = [message.content for message in body.messages]
     parts = [part for content in contents if not isinstance(content, str) for part in content]
     texts = [content for content in contents if isinstance(content, str)]

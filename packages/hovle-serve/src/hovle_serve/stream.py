@@ -19,42 +19,69 @@ from hovle_serve.sampling import end_ids
 THREAD_NAME = "hovle-answer"
 # What decoders write for bytes that are no character, or not a whole one yet.
 _REPLACEMENT = "\ufffd"
+_MAX_HELD = 3  # tokens, of a byte or more each: as many as a character can be without its last
 
 
 class Detokenizer:
     """Token ids, one at a time -> text, in pieces of whole characters.
 
     All pieces together are what the tokenizer decodes from all ids (without special tokens). A token that ends
-    within a character gives nothing; the piece comes with the token that completes it.
+    within a character gives nothing; the piece comes with the token that completes it, or that shows that it never
+    will be. No more than _MAX_HELD tokens are held back for that, also of text that is full of U+FFFD.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        # Ids from `_start` on are decoded, those before `_given` have been handed out: the last piece is decoded
-        # again with the next one, since tokenizers treat the first token of a text specially.
-        self._start = self._given = 0
+        # The last piece is decoded again with the next one, since tokenizers treat the first token of a text specially.
+        self._given: list[int] = []
+        self._held: list[int] = []
 
     def push(self, token_id: int) -> str:
         """The text that this token completes, or ""."""
-        self._ids.append(token_id)
-        return self._take(is_end=False)
+        if self._held and self._is_silent(token_id):
+            return ""
+        self._held.append(token_id)
+        return self._take()
 
     def flush(self) -> str:
         """What is left at the end: "" or characters that stayed incomplete, as U+FFFD."""
-        return self._take(is_end=True)
+        return self._give(len(self._held))
 
-    def _take(self, is_end: bool) -> str:
-        before = self._decode(self._ids[self._start : self._given])
-        whole = self._decode(self._ids[self._start :])
-        if whole.startswith(before):
-            text = whole[len(before) :]
-        else:  # byte-fallback decoders unmake a whole run that ends within a character: what is given stays
-            text = self._decode(self._ids[self._given :])
-        if not text or (text.endswith(_REPLACEMENT) and not is_end):
+    def _take(self) -> str:
+        text, count = self._text(self._held), len(self._held)
+        if not text.endswith(_REPLACEMENT):
+            return self._give(count, text) if text else ""
+        if count <= _MAX_HELD:
             return ""
-        self._start, self._given = self._given, len(self._ids)
+        # An end of a character is where both sides say no more than the whole. Byte-fallback decoders even say less
+        # there: they unmake a whole run that ends within a character.
+        ends = range(count - _MAX_HELD, count)
+        lengths = [len(self._text(self._held[:end])) + len(self._text(self._held[end:])) for end in ends]
+        if (least := min(lengths)) > len(text):  # tokens with an end and a beginning, one after another
+            return ""
+        return self._give(ends[lengths.index(least)]) + self._take()
+
+    def _give(self, count: int, text: str | None = None) -> str:
+        text = self._text(self._held[:count]) if text is None else text
+        # A space that was dropped at the beginning still is what the text begins with.
+        self._given = self._held[:count] if text else self._given + self._held[:count]
+        del self._held[:count]
         return text
+
+    def _text(self, ids: list[int]) -> str:
+        """What `ids` say behind what has been given."""
+        before, whole = self._decode(self._given), self._decode(self._given + ids)
+        behind = whole.removeprefix(before)
+        if whole.startswith(before) and _REPLACEMENT not in behind:
+            return behind
+        # Has a run been unmade that began in what is given? That stays; and `ids` begin with no space to lose.
+        alone = self._decode(ids)
+        is_unmade = not whole.startswith(before) or behind.count(_REPLACEMENT) > alone.count(_REPLACEMENT)
+        return alone if is_unmade else behind
+
+    def _is_silent(self, token_id: int) -> bool:
+        """Whether it is a special token. A space that is dropped at the beginning is none."""
+        return not self._decode([token_id]) and bool(self._tokenizer.decode([token_id]))
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
