@@ -91,6 +91,24 @@ def test_the_openai_client_hears_what_hovle_chat_says(serve, model, processor):
     assert ask(client, messages).choices[0].message.content == expected[1]
 
 
+def test_a_picture_of_low_detail_is_one_tile(serve, model, processor):
+    picture = data_uri((300, 60), "blue")
+    [message] = with_pictures("what is this?", picture, picture)
+    message["content"][1]["image_url"]["detail"] = "low"
+    answer = ask(serve().client(), [message])
+    wide = Image.new("RGB", (300, 60), "blue")
+    tiles = [processor.tiles(wide), processor.image_processor.tiles(wide, (1, 1))]
+    assert [len(t) for t in tiles] == [5, 1]
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "what is this?"}]
+    prompt = processor.encode([{"role": "user", "content": parts}], tiles, add_generation_prompt=True)
+    assert answer.usage.prompt_tokens == len(prompt.input_ids)
+    shapes = [(p["columns"], p["rows"], p["thumbnail"]) for p in answer.usage.prompt_tokens_details.images]
+    assert shapes == [(4, 1, True), (1, 1, False)]
+    inputs = processor.batch([prompt])
+    new = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answer.choices[0].message.content == processor.tokenizer.decode(new, skip_special_tokens=True)
+
+
 def test_openais_other_fields_are_taken_where_they_ask_for_nothing(serve):
     client = serve().client()
     expected = ask(client).choices[0].message.content
@@ -478,9 +496,9 @@ REFUSED = {
     "pictures": (raw(messages=with_pictures("a", *[data_uri((9, 9))] * 9)), "messages", "at most 8"),
     "detail": (
         raw(messages=[{"role": "user", "content": [
-            {"type": "image_url", "image_url": {"url": data_uri(), "detail": "low"}}]}]),
+            {"type": "image_url", "image_url": {"url": data_uri(), "detail": "tiny"}}]}]),
         "messages.0.content.0.image_url.detail",
-        "'auto' or 'high'",
+        "'auto', 'high' or 'low'",
     ),
 }  # fmt: skip
 LIMITS = Limits(

@@ -33,6 +33,15 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class _File:
+    """A picture's place in the body, where it is, and the grid of tiles that it is to have if not its own."""
+
+    place: str
+    url: str
+    grid: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
 class Prompt:
     encoded: Encoded
     pictures: tuple[Picture, ...]
@@ -51,13 +60,13 @@ class PromptEncoder:
     async def fetch(self, body: ChatRequest, media: MediaFetcher) -> Fetched:
         """The pictures that are given by URL, for `encode`. Nothing is fetched for a body that has too many."""
         _, files = _read_messages(body, self._limits)
-        urls = [url for _, url in files if not _is_data(url)]
+        urls = [file.url for file in files if not _is_data(file.url)]
         return await media.fetch_all(urls, self._limits.max_body_bytes) if urls else {}
 
     def encode(self, body: ChatRequest, fetched: Fetched | None = None) -> Prompt:
         """Raises RequestError (400) naming the part at fault. No picture is decoded before all passed the limits."""
         messages, files = _read_messages(body, self._limits)
-        data = [(place, _data(place, url, fetched or {})) for place, url in files]
+        data = [(file, _data(file.place, file.url, fetched or {})) for file in files]
         processor, lock = self._processors[is_long(body)]
         pictures = _measured(data, processor, self._limits)
         tiles = _cut(data, processor, self._limits)  # takes long, and nothing of the tokenizer
@@ -91,16 +100,17 @@ def _urls(body: ChatRequest) -> Iterator[str]:
     return (part.image_url.url for parts in lists for part in parts if isinstance(part, ImagePart))
 
 
-def _read_messages(body: ChatRequest, limits: Limits) -> tuple[list[Message], list[tuple[str, str]]]:
-    """Messages as the processor takes them, and (place in the body, URL) of their pictures."""
+def _read_messages(body: ChatRequest, limits: Limits) -> tuple[list[Message], list[_File]]:
+    """Messages as the processor takes them, and their pictures."""
     messages: list[Message] = []
-    files: list[tuple[str, str]] = []
+    files: list[_File] = []
     characters = 0
     for i, message in enumerate(body.messages):
         parts: list[dict[str, str]] = []
         for j, part in enumerate([message.content] if isinstance(message.content, str) else message.content):
             if isinstance(part, ImagePart):
-                files.append((f"messages.{i}.content.{j}.image_url.url", part.image_url.url))
+                grid = (1, 1) if part.image_url.detail == "low" else None
+                files.append(_File(f"messages.{i}.content.{j}.image_url.url", part.image_url.url, grid))
                 parts.append({"type": "image"})
             else:
                 text = part if isinstance(part, str) else part.text
@@ -116,18 +126,19 @@ def _read_messages(body: ChatRequest, limits: Limits) -> tuple[list[Message], li
 
 
 def _measured(
-    files: Sequence[tuple[str, bytes]], processor: HovleProcessor, limits: Limits
+    files: Sequence[tuple[_File, bytes]], processor: HovleProcessor, limits: Limits
 ) -> tuple[Picture, ...]:
     """From the files' headers alone."""
     pixels, cutter = 0, processor.image_processor
     tiles, pictures = 0, []
-    for place, data in files:
+    for file, data in files:
+        place = file.place
         try:
             width, height = image_size(data, max_pixels=limits.max_pixels)
         except ImageError as error:
             raise RequestError(400, f"{place}: {error}", place, "invalid_image") from error
-        columns, rows = cutter.grid(width, height)
-        number = cutter.num_tiles(width, height)
+        columns, rows = file.grid or cutter.grid(width, height)
+        number = columns * rows if file.grid else cutter.num_tiles(width, height)
         pictures.append(Picture(width, height, columns, rows, number > columns * rows))
         pixels += width * height
         tiles += number
@@ -138,14 +149,15 @@ def _measured(
     return tuple(pictures)
 
 
-def _cut(files: Sequence[tuple[str, bytes]], processor: HovleProcessor, limits: Limits) -> list[np.ndarray]:
+def _cut(files: Sequence[tuple[_File, bytes]], processor: HovleProcessor, limits: Limits) -> list[np.ndarray]:
     """Tiles of each. Only one picture is there whole at a time."""
     tiles = []
-    for place, data in files:
+    for file, data in files:
         try:
-            tiles.append(processor.tiles(decode_image(data, max_pixels=limits.max_pixels)))
+            image = decode_image(data, max_pixels=limits.max_pixels)
         except ImageError as error:
-            raise RequestError(400, f"{place}: {error}", place, "invalid_image") from error
+            raise RequestError(400, f"{file.place}: {error}", file.place, "invalid_image") from error
+        tiles.append(processor.image_processor.tiles(image, file.grid))
     return tiles
 
 

@@ -131,7 +131,9 @@ class ImageUrl(Strict):
     url: str = Field(
         description="a data URI: data:image/png;base64,...; other URLs only where the server allows their host"
     )
-    detail: Literal["auto", "high"] | None = "auto"  # a picture always gets the tiles its shape asks for
+    detail: Literal["auto", "high", "low"] | None = Field(
+        "auto", description="low: the picture in one tile; else in as many as its shape asks for"
+    )
 
 
 class ImagePart(Strict):
