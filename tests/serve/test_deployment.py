@@ -1,5 +1,6 @@
 """`serve deploy hovle.yaml` on a real Ray of this machine: it grows, is updated and loses replicas under load."""
 
+import asyncio
 import json
 import re
 import socket
@@ -15,9 +16,14 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from ray.serve.exceptions import BackPressureError, DeploymentID, DeploymentUnavailableError
+from ray.serve.handle import DeploymentResponseGenerator
 
 from hovle_core.testing import tiny_hovle
 from hovle_serve.chat import ChatSession
+from hovle_serve.deployment import _replicas
+from hovle_serve.gateway import ReplicaLostError, ReplicasBusyError
+from hovle_serve.relay import Relayed
 from hovle_serve.sampling import Sampling
 from hovle_serve.serving import AccessConfig, ClusterConfig, EngineConfig
 
@@ -161,6 +167,55 @@ def test_the_gateway_starts_without_what_a_model_needs():
     heavy = "[name for name in ('torch', 'transformers', 'PIL') if name in sys.modules]"
     code = f"import sys, hovle_serve.gateway, hovle_serve.serving; assert {heavy} == [], {heavy}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("refused", "heard"),
+    [
+        (BackPressureError(4, 4), ReplicasBusyError),
+        (DeploymentUnavailableError(DeploymentID("tiny")), ReplicaLostError),
+    ],
+)
+def test_what_ray_refuses_is_told_though_cancelling_it_raises_again(refused, heard):
+    """As Ray's own response does, which holds what it was refused with."""
+
+    class Refused(DeploymentResponseGenerator):
+        def __init__(self) -> None:
+            """Of nothing."""
+
+        async def __anext__(self) -> None:
+            raise refused
+
+        def cancel(self) -> None:
+            raise refused
+
+    class Handle:
+        def options(self, **options: Any) -> "Handle":
+            return self
+
+        def remote(self, request: Relayed) -> Refused:
+            return Refused()
+
+    async def ask() -> None:
+        async for _ in _replicas(Handle())(Relayed("POST", "/")):
+            raise AssertionError
+
+    with pytest.raises(heard):
+        asyncio.run(ask())
+
+
+@pytest.mark.slow
+def test_overload_says_when_to_come_back(cluster, checkpoint):
+    model = {"model": str(checkpoint), "name": "tiny", "max_batch": 1, "max_queue": 1}
+    cluster.deploy({"models": [model]}, tiny={"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}})
+    with ThreadPoolExecutor(24) as pool:
+        answers = [*pool.map(lambda _: cluster.ask("hi", model="tiny", max_tokens=LONG), range(24))]
+    assert {answer.status_code for answer in answers} <= {200, 429, 503}
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert refused, [answer.status_code for answer in answers]
+    for answer in refused:
+        assert answer.headers["Retry-After"] == "1"
+        assert answer.json()["error"]["type"] == "server_error"
 
 
 @pytest.mark.slow

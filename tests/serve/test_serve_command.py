@@ -72,9 +72,17 @@ def test_served_from_the_command_line_and_talked_to_from_it(
             "6",
         ]
         assert main([*chat, "what is this?"]) == 2
-        assert "a valid API key is needed" in capsys.readouterr().err
+        assert "set HOVLE_API_KEY to one of its keys" in capsys.readouterr().err
+        for key in ("", "a\nb", "schlüssel"):
+            monkeypatch.setenv("HOVLE_API_KEY", key)
+            assert main([*chat, "what is this?"]) == 2
+            error = capsys.readouterr().err
+            assert "HOVLE_API_KEY" in error
+            assert not key or key not in error
 
-        monkeypatch.setenv("HOVLE_API_KEY", "other")
+        monkeypatch.setenv(
+            "HOVLE_API_KEY", "other\n"
+        )  # as `$(< file)` would not, but `cat` into an env file does
         assert main([*chat, "what is this?"]) == 0
         output = capsys.readouterr()
         assert (output.out, output.err) == (expected[0] + "\n", "")
@@ -147,6 +155,8 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(ours, checkpoint, tmp_p
             "serve", str(checkpoint), "--port", port
         )
     assert "cannot listen" in error("serve", str(checkpoint), "--port", "99999")
+    assert "--host is empty" in error("serve", str(checkpoint), "--host", "")
+    assert "--api-key-file" in error("serve", str(checkpoint), "--max-in-flight", "3")
     assert "or --url" in error("chat")
     assert "give a question alone" in error("chat", "--url", "http://127.0.0.1:1", "runs/demo", "hi")
     assert "cannot talk to" in error("chat", "--url", "http://127.0.0.1:1", "hi")

@@ -5,13 +5,13 @@ A gateway (HTTP, keys, limits; no torch) before one deployment a model, each wit
 
 import re
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING
 
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve import Application
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import Message
 
@@ -75,7 +75,7 @@ def _replicas(handle: DeploymentHandle) -> Replicas:
         try:
             async for together in response:
                 yield together
-        except RayActorError as error:
+        except (RayActorError, DeploymentUnavailableError) as error:
             raise ReplicaLostError(str(error)) from error
         except RayTaskError as error:  # what an actor's death looks like to a task that waited for it
             if isinstance(getattr(error, "cause", None), RayActorError):
@@ -84,7 +84,10 @@ def _replicas(handle: DeploymentHandle) -> Replicas:
         except BackPressureError as error:
             raise ReplicasBusyError(str(error)) from error
         finally:
-            response.cancel()  # does nothing at the end of an answer
+            with suppress(
+                RayServeException, RayActorError
+            ):  # it raises once more why a request was never begun
+                response.cancel()  # does nothing at the end of an answer
 
     return replicas
 

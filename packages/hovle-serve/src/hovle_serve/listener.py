@@ -143,14 +143,19 @@ class PatientServer(uvicorn.Server):
         for connection in list(self.server_state.connections):
             connection.shutdown()
         deadline = time.monotonic() + DRAIN_SECONDS
-        while self._is_answering() and time.monotonic() < deadline:
+        while self._is_answering() and not self.force_exit and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
         if self._is_answering():
             await self.lifespan.shutdown()  # a second one, uvicorn's, does nothing
+        deadline = time.monotonic() + FAREWELL_SECONDS
+        while (
+            self._is_answering() and self.force_exit and time.monotonic() < deadline
+        ):  # uvicorn would not wait
+            await asyncio.sleep(0.1)
         await super().shutdown(sockets)
 
     def _is_answering(self) -> bool:
-        return bool(self.server_state.connections or self.server_state.tasks) and not self.force_exit
+        return bool(self.server_state.connections or self.server_state.tasks)
 
 
 def server(app: ASGIApp, log_level: str = "warning") -> uvicorn.Server:

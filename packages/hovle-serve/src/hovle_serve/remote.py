@@ -16,6 +16,10 @@ from hovle_serve.conversation import Conversation
 _TIMEOUT = httpx.Timeout(300, connect=10)
 
 
+class _KeyError(ValueError):
+    """A server that wants another key, or one."""
+
+
 class RemoteSession(Conversation):
     """Talks to the first model of `url`. `sampling` are fields of a request (max_tokens, temperature, ...).
 
@@ -30,16 +34,27 @@ class RemoteSession(Conversation):
         sampling: Mapping[str, Any] | None = None,
     ) -> None:
         self.url, self.sampling = url, dict(sampling or {})
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        key = (api_key or "").strip()
+        if not (key.isascii() and key.isprintable()):  # the key itself is for no log
+            raise ValueError(
+                "HOVLE_API_KEY holds characters that no key has: printable ones of ASCII are needed"
+            )
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
             self._http = httpx.Client(
                 base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=_TIMEOUT
             )
             response = self._http.get("/v1/models")
+            if response.status_code == httpx.codes.UNAUTHORIZED:
+                raise _KeyError(
+                    f"{url} takes no one without a valid key: set HOVLE_API_KEY to one of its keys"
+                )
             _check(response)
             self.model = str(response.json()["data"][0]["id"])
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeEncodeError) as error:
             raise ValueError(f"cannot talk to --url {url!r}: {error}") from error
+        except _KeyError:
+            raise
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"--url {url!r} is no server with a model: {error}") from error
         super().__init__(system)

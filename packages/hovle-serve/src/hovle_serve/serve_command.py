@@ -112,6 +112,8 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if not host:  # every address of the machine, to a socket
+        raise ValueError("--host is empty: give an address, or 0.0.0.0 for all of this machine's")
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:

@@ -49,7 +49,10 @@ class AccessConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> "AccessConfig":
         if self.api_key_file is None and self.key_limits != KeyLimits():
-            raise ValueError("key_limits are those of a key: give an api_key_file as well")
+            raise ValueError(
+                "key_limits (--max-in-flight, --max-requests-per-minute) are those of a key: give an api_key_file "
+                "(--api-key-file) as well"
+            )
         for host in self.image_hosts:
             parsed_host(host)  # raises for what is none
         return self
