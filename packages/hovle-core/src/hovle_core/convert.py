@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from hovle_core.config import HovleConfig
 from hovle_core.image_processor import HovleImageProcessor
-from hovle_core.official import config_to_released, is_released, llm_kind, read_released_config
+from hovle_core.official import config_to_released, is_released, json_object, llm_kind, read_released_config
 from hovle_core.official_processor import TOKENIZER_FILES, has_tokenizer, processor_from_released
 from hovle_core.official_tensors import Entry, check_ours, check_released, layout
 from hovle_core.processor import HovleProcessor
@@ -69,7 +69,7 @@ def format_of(folder: Path) -> Format:
     """The format of a checkpoint folder. Raises ValueError for another model, FileNotFoundError for no config.json."""
     if is_released(folder):
         return "released"
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    kind = json_object(folder / "config.json").get("model_type")
     if kind != HovleConfig.model_type:
         raise ValueError(
             f"{folder}/config.json: model_type {kind!r} with no embedding_config of a released HoVLE; convert takes "
@@ -121,8 +121,8 @@ def check_destination(source: Path, destination: Path, force: bool) -> None:
     """Raise ValueError unless `destination` may be written."""
     if source.resolve().is_relative_to(destination.resolve()):
         raise ValueError(f"{destination} holds the source {source}; choose another folder")
-    if destination.is_file():
-        raise ValueError(f"{destination} is a file; give a folder")
+    if files := [path for path in (destination, *destination.parents) if path.is_file()]:
+        raise ValueError(f"{files[0]} is a file; give a folder")
     if not destination.is_dir() or not any(destination.iterdir()):
         return
     if not force:
@@ -225,7 +225,7 @@ def _released_generation(
 ) -> GenerationConfig:
     """`generation_config.json` and what the LLM's config adds; the processor's tokenizer says what ends an answer."""
     generation, llm = _generation_config(source), config.text_config
-    ends = generation.eos_token_id or llm.eos_token_id
+    ends = llm.eos_token_id if generation.eos_token_id is None else generation.eos_token_id
     ends = list(ends) if isinstance(ends, list) else [ends]
     if processor is not None:
         ends.append(processor.tokenizer.eos_token_id)
@@ -238,8 +238,9 @@ def _released_generation(
 
 
 def _generation_config(source: Path) -> GenerationConfig:
-    present = (source / GENERATION_CONFIG).is_file()
-    return GenerationConfig.from_pretrained(source) if present else GenerationConfig()
+    if not (path := source / GENERATION_CONFIG).is_file():
+        return GenerationConfig()
+    return GenerationConfig.from_dict(json_object(path))
 
 
 def _preprocessor_config(image_processor: HovleImageProcessor) -> dict[str, object]:

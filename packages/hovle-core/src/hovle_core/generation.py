@@ -81,6 +81,10 @@ class HovleGenerationMixin(GenerationMixin):
         embed_tokens = self.embedding.embed_tokens
         ids = tokens.new_full((tokens.shape[0], 1), self.config.image_token_id, dtype=torch.long)
         placeholder = embed_tokens(ids).to(tokens.device)  # [B, 1, D]
+        if tokens.dtype != placeholder.dtype:  # rounded otherwise they would be no placeholders
+            raise ValueError(
+                f"inputs_embeds are {tokens.dtype}, and the model's are {placeholder.dtype}: cast them to that"
+            )
         if type(embed_tokens) is nn.Embedding:
             return (tokens == placeholder).all(-1)
         tolerance = torch.finfo(tokens.dtype).eps + ADAPTER_ROUNDING

@@ -160,7 +160,11 @@ class HovleForConditionalGeneration(PreTrainedModel, HovleGenerationMixin):
             raise FileNotFoundError(f"{folder} holds {ADAPTER_CONFIG} and no {ADAPTER_WEIGHTS}")
         wants_info = kwargs.pop("output_loading_info", False)
         model = cls.from_pretrained(base, *args, **kwargs)
-        info = model.load_adapter(str(folder), adapter_name=adapter_name)
+        try:
+            info = model.load_adapter(str(folder), adapter_name=adapter_name)
+        except RuntimeError as error:  # transformers', of another shape
+            raise ValueError(f"{folder}/{ADAPTER_WEIGHTS} does not fit {ADAPTER_CONFIG}: {error}") from error
+        _check_whole(str(folder), {**info.to_dict(), "mismatched_keys": ()}, may_mismatch=True)
         loaded: Any = (model, info.to_dict()) if wants_info else model  # the adapter's, as in transformers
         return loaded
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from hovle_core.config import ATTENTION, IMAGENET_MEAN, IMAGENET_STD, HolisticEmbeddingConfig, HovleConfig
@@ -29,6 +30,8 @@ _ARCHITECTURE = {INTERNLM2: "InternLM2ForCausalLM", "llama": "LlamaForCausalLM",
 # transformers 4 had two fields where 5 has one, and derived the others.
 _OLD_ROPE = ("rope_theta", "rope_scaling")
 _NEW_FIELDS = ("rope_parameters", "layer_types", "head_dim")
+# What a released `config.json` says in any case, by section.
+_REQUIRED = {"embedding_config": ("img_context_token_id", "image_size"), "llm_config": ("model_type",)}
 # The parts of a released `config.json` that are patched field by field; any other value is replaced whole.
 _SECTIONS = ("embedding_config", "llm_config")
 # The scaled RoPE of the released blocks and of InternLM2; each takes a factor and nothing else.
@@ -77,14 +80,40 @@ def is_released(folder: str | Path) -> bool:
     config = Path(folder) / "config.json"
     return (
         config.is_file()
-        and "embedding_config" in (raw := json.loads(config.read_text()))
+        and "embedding_config" in (raw := json_object(config))
         and (raw.get("model_type") == RELEASED_MODEL_TYPE)
     )
 
 
+def json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds. Raises ValueError naming it if that is no object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, and a JSON object is needed")
+    return found
+
+
 def read_released_config(folder: Path) -> HovleConfig:
-    """`config_from_released` of a folder's `config.json`."""
-    return config_from_released(json.loads((folder / "config.json").read_text()))
+    """`config_from_released` of a folder's `config.json`. Raises ValueError, also for one that is malformed."""
+    path = folder / "config.json"
+    released = json_object(path)
+    for section, names in _REQUIRED.items():
+        if not isinstance(fields := released.get(section), dict):
+            raise ValueError(f"{path}: {section} is {fields!r}, and an object is needed")
+        if missing := [name for name in names if name not in fields]:
+            raise ValueError(f"{path}: {section} lacks {', '.join(missing)}")
+    try:
+        return config_from_released(released)
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        StrictDataclassError,
+    ) as error:  # transformers' own, of its fields
+        raise ValueError(f"{path} has a field that is no config's: {error}") from error
 
 
 def config_from_released(released: Mapping[str, Any]) -> HovleConfig:
@@ -103,10 +132,12 @@ def config_from_released(released: Mapping[str, Any]) -> HovleConfig:
         raise ValueError(
             f"force_image_size {size} must equal embedding_config.image_size {embedding['image_size']}"
         )
+    blocks = HolisticEmbeddingConfig(
+        **_kept(HolisticEmbeddingConfig, embedding, {"llm_vocab_size": "vocab_size"})
+    )
+    _internlm2_rope_scaling(blocks, "embedding_config")  # so that there is a way back
     return HovleConfig(
-        embedding_config=HolisticEmbeddingConfig(
-            **_kept(HolisticEmbeddingConfig, embedding, {"llm_vocab_size": "vocab_size"})
-        ),
+        embedding_config=blocks,
         text_config=llm_config_from_released(released["llm_config"]),
         image_token_id=embedding["img_context_token_id"],
         dtype=released.get("torch_dtype"),
@@ -120,9 +151,12 @@ def llm_config_from_released(llm: Mapping[str, Any]) -> PreTrainedConfig:
     if kind not in _CONFIG_CLASS:
         raise ValueError(f"llm_config.model_type {kind!r} is not known; known are {sorted(_CONFIG_CLASS)}")
     kept = _kept(_CONFIG_CLASS[kind], llm, {"bias": "attention_bias"} if kind == INTERNLM2 else {})
-    return _CONFIG_CLASS[kind](
+    config = _CONFIG_CLASS[kind](
         **kept, architectures=[_CONFIG_CLASS[kind].__name__.replace("Config", "ForCausalLM")]
     )
+    if kind == INTERNLM2:
+        _internlm2_rope_scaling(config, "llm_config")
+    return config
 
 
 def _kept(

@@ -42,7 +42,16 @@ def processor_from_released(folder: Path) -> HovleProcessor:
     """
     released = json.loads((folder / "config.json").read_text())
     config = config_from_released(released)
-    tokenizer = load_tokenizer(folder, released["llm_config"]["model_type"])
+    try:
+        tokenizer = load_tokenizer(folder, released["llm_config"]["model_type"])
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # transformers', of files that are no tokenizer's
+        raise ValueError(
+            f"the tokenizer of {folder} cannot be read: {type(error).__name__}: {error}"
+        ) from error
     if (found := tokenizer.get_vocab().get(IMAGE_CONTEXT)) != config.image_token_id:
         raise ValueError(
             f"the tokenizer of {folder} has {IMAGE_CONTEXT} at {found}, its config.json at "
