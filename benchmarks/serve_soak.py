@@ -60,7 +60,7 @@ def request(rng: random.Random, model: str) -> bytes:
 def ask(port: int, body: bytes, patience: float | None) -> str:
     """The answer, and "" if we hung up `patience` seconds after asking; "busy" if there was no room."""
     head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     )
     until = None if patience is None else time.monotonic() + patience
@@ -91,7 +91,7 @@ def ask(port: int, body: bytes, patience: float | None) -> str:
 
 def metrics(port: int) -> dict[str, float]:
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
         text = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
     return {name: float(value) for name, value in re.findall(r"^(hovle_\w+) (\S+)$", text, re.M)}
 
