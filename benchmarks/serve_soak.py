@@ -60,7 +60,8 @@ def request(rng: random.Random, model: str) -> bytes:
 def ask(port: int, body: bytes, patience: float | None) -> str:
     """The answer, and "" if we hung up `patience` seconds after asking; "busy" if there was no room."""
     head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+        "Content-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     )
     until = None if patience is None else time.monotonic() + patience
