@@ -113,7 +113,8 @@ def main() -> None:
                     int(m[1]) for line in process.stderr if (m := re.search(r"http://\S+:(\d+)", line))
                 )
                 said: list[str] = []
-                threading.Thread(target=lambda: said.extend(process.stderr or []), daemon=True).start()
+                reader = threading.Thread(target=lambda: said.extend(process.stderr or []), daemon=True)
+                reader.start()
                 server = psutil.Process(process.pid)
 
                 def one(i: int) -> None:
@@ -140,6 +141,7 @@ def main() -> None:
                 files = server.num_fds()
             finally:
                 process.terminate()
+            reader.join()  # before its file is closed
     result = {
         "benchmark": "serve_soak",
         "requests": count,

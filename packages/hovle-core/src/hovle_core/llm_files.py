@@ -1,6 +1,5 @@
 """LLMs in files that `AutoModelForCausalLM` does not read as they are: GGUF, and InternLM2. No remote code."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from transformers import (
 )
 
 from hovle_core.config import RELEASED_LLM
-from hovle_core.official import INTERNLM2, llm_config_from_released
+from hovle_core.official import INTERNLM2, json_object, llm_config_from_released
 from hovle_core.official_processor import CHATML_END, load_tokenizer
 from hovle_core.official_tensors import check_released, llm_layout
 from hovle_core.tensor_files import TensorFiles
@@ -33,7 +32,7 @@ PUBLISHED_INTERNLM2 = {
 
 def internlm2_config(folder: Path) -> PreTrainedConfig:
     """An InternLM2's config as the Llama's that it is."""
-    return llm_config_from_released(json.loads((folder / "config.json").read_text()))
+    return llm_config_from_released(json_object(folder / "config.json"))
 
 
 def internlm2_model(folder: Path) -> PreTrainedModel:

@@ -1,13 +1,12 @@
 """The processor of a released checkpoint: its tiling, its tokenizer read without remote code, its chat template."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from hovle_core.config import IMAGENET_MEAN, IMAGENET_STD
-from hovle_core.official import config_from_released, image_processor_from_released
+from hovle_core.official import image_processor_from_released, json_object, read_released_config
 from hovle_core.processor import IMAGE_CONTEXT, HovleProcessor
 from hovle_core.sentencepiece_tokenizer import sentencepiece_tokenizer
 
@@ -40,8 +39,8 @@ def processor_from_released(folder: Path) -> HovleProcessor:
     Raises FileNotFoundError where there is no tokenizer; ValueError for one that does not fit the config, or that needs
     a package which is not installed.
     """
-    released = json.loads((folder / "config.json").read_text())
-    config = config_from_released(released)
+    released = json_object(folder / "config.json")
+    config = read_released_config(folder)
     try:
         tokenizer = load_tokenizer(folder, released["llm_config"]["model_type"])
     except (
@@ -93,7 +92,7 @@ def load_tokenizer(folder: Path, llm_kind: str) -> PreTrainedTokenizerBase:
 def _normalisation(folder: Path) -> dict[str, Any]:
     """Mean and standard deviation from `preprocessor_config.json`; ImageNet's, as the released code has, without it."""
     path = folder / "preprocessor_config.json"
-    given = json.loads(path.read_text()) if path.is_file() else {}
+    given = json_object(path) if path.is_file() else {}
     return {
         "image_mean": given.get("image_mean", IMAGENET_MEAN),
         "image_std": given.get("image_std", IMAGENET_STD),

@@ -16,8 +16,8 @@ from hovle_serve.conversation import Conversation
 _TIMEOUT = httpx.Timeout(300, connect=10)
 
 
-class _KeyError(ValueError):
-    """A server that wants another key, or one."""
+class _NotLetInError(ValueError):
+    """The server wants a key, or another one."""
 
 
 class RemoteSession(Conversation):
@@ -46,14 +46,14 @@ class RemoteSession(Conversation):
             )
             response = self._http.get("/v1/models")
             if response.status_code == httpx.codes.UNAUTHORIZED:
-                raise _KeyError(
+                raise _NotLetInError(
                     f"{url} takes no one without a valid key: set HOVLE_API_KEY to one of its keys"
                 )
             _check(response)
             self.model = str(response.json()["data"][0]["id"])
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeEncodeError) as error:
             raise ValueError(f"cannot talk to --url {url!r}: {error}") from error
-        except _KeyError:
+        except _NotLetInError:
             raise
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"--url {url!r} is no server with a model: {error}") from error
