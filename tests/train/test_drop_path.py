@@ -5,10 +5,10 @@ import torch
 
 from hovle_core.testing import tiny_hovle, tiny_tokenizer
 from hovle_data.quarantine import Ledger
-from hovle_train.config import DropPathConfig
 from hovle_train.drop_path import DropPath, drop_rate
 from hovle_train.loop import Trainer
 from hovle_train.recipe_file import parse_recipe
+from hovle_train.recipe_sections import DropPathConfig
 from hovle_train.runtime import Runtime
 
 

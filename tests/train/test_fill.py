@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from hovle_train import checkpoint
-from hovle_train.config import TrainConfig
 from hovle_train.fill import Fill, PoorFill
 from hovle_train.loop import Trainer
 from hovle_train.metrics import read_metrics
 from hovle_train.recipe_file import parse_recipe
+from hovle_train.recipe_sections import TrainConfig
 from hovle_train.runtime import Runtime
 
 

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import HovleProcessor
 from hovle_train.commands import train
-from hovle_train.config import LanguageConfig
 from hovle_train.evaluate import perplexity
 from hovle_train.language_gate import LanguageLost, judge
 from hovle_train.loop import Trainer
+from hovle_train.recipe_sections import LanguageConfig
 from hovle_train.runs import is_finished, read_summary
 from hovle_train.runtime import Runtime
 

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from hovle_train import muon
-from hovle_train.config import OptimConfig
 from hovle_train.freeze import freeze_except
 from hovle_train.muon import BatchedMuon
 from hovle_train.optim import build_optimizers, lr_share, set_lr
+from hovle_train.recipe_sections import OptimConfig
 from hovle_train.weights import Weights
 
 

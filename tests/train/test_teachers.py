@@ -6,9 +6,9 @@ import torch
 from hovle_core.testing import GridTeacher
 from hovle_data.quarantine import Ledger
 from hovle_train import evaluate
-from hovle_train.config import Named
 from hovle_train.loop import Trainer
 from hovle_train.metrics import read_metrics
+from hovle_train.recipe_sections import Named
 from hovle_train.runtime import Runtime
 from hovle_train.teachers import build_teacher, target_names
 

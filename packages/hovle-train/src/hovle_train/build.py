@@ -14,7 +14,7 @@ from hovle_core.processor import IMAGE_CONTEXT, HovleProcessor
 from hovle_core.registry import Registry
 from hovle_core.roles import LLMBackbone, TokenizerProvider
 from hovle_core.vocabulary import conflicts, fit_embeddings
-from hovle_train.config import ModelConfig
+from hovle_train.recipe_sections import ModelConfig
 from hovle_train.runs import resolve_checkpoint
 
 # What a new embedding takes over from the LLM unless the recipe says otherwise.

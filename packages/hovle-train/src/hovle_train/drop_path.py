@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hovle_core.layers import TransformerBlock
 from hovle_core.modeling import HovleForConditionalGeneration
-from hovle_train.config import DropPathConfig
+from hovle_train.recipe_sections import DropPathConfig
 
 
 def drop_rate(config: DropPathConfig, step: int, steps: int, block: int, num_blocks: int) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from hovle_data.packing import PackedBatch
-from hovle_train.config import TrainConfig
+from hovle_train.recipe_sections import TrainConfig
 from hovle_train.runtime import Runtime
 
 MIN_ROWS = 20  # a share of fewer rows says little

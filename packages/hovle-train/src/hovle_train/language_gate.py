@@ -19,10 +19,11 @@ from hovle_core.precision import resolve_precision
 from hovle_core.processor import HovleProcessor
 from hovle_core.registry import Registry
 from hovle_train.build import build_llm, build_processor, build_tokenizer
-from hovle_train.config import LanguageConfig, Recipe, Source
+from hovle_train.config import Recipe
 from hovle_train.evaluate import perplexity
 from hovle_train.export import finish, write_json
 from hovle_train.lineage import absolute, check_finished, check_same, parent_of
+from hovle_train.recipe_sections import LanguageConfig, Source
 from hovle_train.runs import (
     FINAL,
     FINAL_EMA,

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from hovle_core import runs
 from hovle_core.registry import Registry
 from hovle_train.checkpoint import complete_checkpoints, read_state
-from hovle_train.config import Recipe, Source
+from hovle_train.config import Recipe
+from hovle_train.recipe_sections import Source
 from hovle_train.runs import CHECKPOINTS, FINAL, RUN_CARD, SUMMARY_FILE, is_finished, read_summary
 
 # What may change between starts of one run without changing what it computes.

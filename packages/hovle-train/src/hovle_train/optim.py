@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from hovle_train.config import OptimConfig
 from hovle_train.muon import BatchedMuon
+from hovle_train.recipe_sections import OptimConfig
 
 
 def lr_share(config: OptimConfig, step: int, steps: int) -> float:

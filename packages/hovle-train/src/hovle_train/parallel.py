@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hovle_data.packing import PackedBatch
-from hovle_train.config import ParallelConfig
+from hovle_train.recipe_sections import ParallelConfig
 from hovle_train.runtime import Runtime
 from hovle_train.sharded import whole
 from hovle_train.stages.base import Stage

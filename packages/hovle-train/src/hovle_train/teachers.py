@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hovle_core.registry import Registry
 from hovle_core.roles import TeacherEncoder
-from hovle_train.config import Named
 from hovle_train.features import to_student_grid
+from hovle_train.recipe_sections import Named
 
 
 class JoinedTeachers(TeacherEncoder):

@@ -21,8 +21,9 @@ from hovle_data.quarantine import Ledger
 from hovle_data.sections import Section, explain
 from hovle_data.streams import Stream
 from hovle_train.build import build_hovle
-from hovle_train.config import Recipe, Source
+from hovle_train.config import Recipe
 from hovle_train.lineage import open_source
+from hovle_train.recipe_sections import Source
 from hovle_train.runtime import Runtime
 
 Progress = Callable[[str, int, int], None]

@@ -34,8 +34,9 @@ from hovle_data.quarantine import Ledger
 from hovle_data.schema import BadSample
 from hovle_data.streams import Stream, UnpairedStream
 from hovle_train.build import build_hovle
-from hovle_train.config import Named, Recipe
+from hovle_train.config import Recipe
 from hovle_train.features import TeacherFeatures
+from hovle_train.recipe_sections import Named
 from hovle_train.runtime import Runtime
 from hovle_train.stages.base import HOVLE_FIELDS, Progress, Stage, model_inputs, save_hovle
 from hovle_train.stages.distillation_options import DistillationOptions

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from hovle_data.sections import Section
-from hovle_train.config import Named
+from hovle_train.recipe_sections import Named
 
 
 class WeightedTeacher(Named):
