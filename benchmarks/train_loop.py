@@ -1,23 +1,21 @@
 """What Ray Train and the loop cost beside the work itself: a step of `hovle train` on Ray against a bare loop.
 
-The bare loop is this process, without Ray: the same batches from the same loader, loss, backward, clipping, optimizer,
-in the same precision. The other is the command itself, in processes of its own, with all it does around a step: agreed
-stops, checks, metrics of every step, reports to Ray. They take turns (bare, Ray, bare, Ray, bare), each over the same
-steps; the model has the size of the demo's. Medians over the steps behind the first ones, each Ray run's over those of
-the bare ones before and after it. Also: how long a step waits for data, and the time from the command to its first
-step.
+The bare loop is a process without Ray: the same batches from the same loader, loss, backward, clipping, optimizer, in
+the same precision. The other is the command itself, with all it does around a step: agreed stops, checks, metrics of
+every step, reports to Ray. The model has the size of the demo's.
 
-`ratio` is with a thread on every core, as the demo trains: Ray's own processes then take their share of the same cores,
-and whoever waits for one thread waits for both. `ratio_with_a_core_free` is with one thread less for both sides.
-
-About six minutes on two cores with AMX and nothing beside it, twenty without AMX.
+They take turns of a few steps, since a shared machine drifts by more in a minute than what is measured here: while one
+computes, the other, with all of Ray's processes, is stopped (SIGSTOP). The first step of a turn does not count. `ratio`
+is the mean over turns of the command's steps by the bare ones before and after, `ratio_error` its standard error. Also:
+how long a step waits for data, and the time from the command to its first step. About three minutes on two cores with
+AMX, ten without.
 """
 
 import io
 import json
 import os
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import yaml
 from PIL import Image
@@ -39,17 +38,19 @@ from hovle_data.schema import Sample
 from hovle_data.shards import write_shards
 from hovle_train.freeze import set_train_mode
 from hovle_train.loop import Trainer
-from hovle_train.metrics import read_metrics
+from hovle_train.metrics import MetricsWriter, read_metrics
 from hovle_train.recipe_file import parse_recipe
+from hovle_train.runs import METRICS_FILE
 from hovle_train.runtime import Runtime
 
 SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4}
-STEPS, WARM_UP, SAMPLES, ROUNDS = 20, 6, 64, 2
+TURNS, STEPS_A_TURN, SAMPLES = 24, 3, 64
+STEPS = 200  # more than either comes to: both are ended in the middle
 CAPTION = "a picture of noise, one of many like it, with nothing in it that anybody could name"
 
 
 def make_world(folder: Path) -> None:
-    """An LLM of the demo's size and pairs of a picture and a caption, one for each sample of the run."""
+    """An LLM of the demo's size and pairs of a picture and a caption."""
     draw = np.random.default_rng(0)
     tokenizer = tiny_tokenizer([CAPTION])
     llm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=4, **SIZES))
@@ -63,12 +64,12 @@ def make_world(folder: Path) -> None:
         return out.getvalue()
 
     samples = (
-        Sample(f"p{n}", images=(picture(),), text=f"{CAPTION}, number {n}") for n in range(STEPS * SAMPLES)
+        Sample(f"p{n}", images=(picture(),), text=f"{CAPTION}, number {n}") for n in range(20 * SAMPLES)
     )
     write_shards(samples, folder / "pairs")
 
 
-def recipe(folder: Path, name: str, threads: int) -> dict[str, Any]:
+def recipe(folder: Path, name: str) -> dict[str, Any]:
     return {
         "stage": {"name": "instruction_tuning"},
         "run_dir": str(folder / name),
@@ -80,101 +81,113 @@ def recipe(folder: Path, name: str, threads: int) -> dict[str, Any]:
         "data": {"sources": [{"path": str(folder / "pairs")}]},
         "optim": {"lr": 1e-3},
         "train": {"steps": STEPS, "global_batch_size": SAMPLES, "log_every": 1},
-        "resources": {"cpus_per_worker": threads},
+        "resources": {"cpus_per_worker": torch.get_num_threads()},
         "observers": {"wandb": "disabled"},
     }
 
 
-class BareLoop:
-    """The loop without anything around it but the loader."""
-
-    def __init__(self, folder: Path):
-        parsed = parse_recipe(recipe(folder, "bare", torch.get_num_threads()))
-        self.trainer = Trainer(parsed, load_plugins(), Runtime())
-        self.trainer.prepare()
-
-    def run(self) -> float:
-        """The median of a step's seconds."""
-        trainer, seconds = self.trainer, []
-        set_train_mode(trainer.module)
-        with trainer.loader(Ledger(None, max_share=1.0)).iterate(0, STEPS) as steps:
-            start = time.perf_counter()
-            for _, micro_batches, _ in steps:
-                targets = float(sum(batch.num_target_tokens for batch in micro_batches))
-                for batch in map(trainer.place, micro_batches):
-                    loss, _ = trainer.stage.loss(trainer.module, batch, {"loss": targets})
-                    loss.backward()
-                    trainer.weights.collect()
-                nn.utils.clip_grad_norm_(list(trainer.weights), 1.0)
-                for optimizer in trainer.optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                trainer.weights.publish()
-                now = time.perf_counter()
-                seconds.append(now - start)
-                start = now
-        return statistics.median(seconds[WARM_UP:])
+def bare_loop(folder: Path) -> None:
+    """The loop without anything around it but the loader; writes a line of metrics a step."""
+    torch.manual_seed(0)
+    trainer = Trainer(parse_recipe(recipe(folder, "bare")), load_plugins(), Runtime())
+    trainer.prepare()
+    set_train_mode(trainer.module)
+    writer = MetricsWriter(trainer.recipe.path / METRICS_FILE)
+    with trainer.loader(Ledger(None, max_share=1.0)).iterate(0, STEPS) as steps:
+        start = time.perf_counter()
+        for step, micro_batches, _ in steps:
+            targets = float(sum(batch.num_target_tokens for batch in micro_batches))
+            for batch in map(trainer.place, micro_batches):
+                loss, _ = trainer.stage.loss(trainer.module, batch, {"loss": targets})
+                loss.backward()
+                trainer.weights.collect()
+            nn.utils.clip_grad_norm_(list(trainer.weights), 1.0)
+            for optimizer in trainer.optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            trainer.weights.publish()
+            now = time.perf_counter()
+            writer.write(step, {"samples_per_s": SAMPLES / (now - start)})
+            start = now
 
 
-def run_on_ray(folder: Path, name: str, threads: int) -> tuple[list[float], list[float], float]:
-    """Seconds of each step of the command, the shares of them that waited for data, and seconds to the first step."""
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(recipe(folder, name, threads)))
-    metrics = folder / name / "metrics.jsonl"
-    start = time.perf_counter()
-    command = [sys.executable, "-m", "hovle_core.cli", "train", str(path)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
+class Runner:
+    """A training process with all of its children, stopped but for its turns."""
+
+    def __init__(self, command: list[str], run_dir: Path):
+        self.metrics = run_dir / METRICS_FILE
+        self._log = run_dir.with_suffix(".log")
+        with self._log.open("w") as log:
+            self._process = psutil.Popen(command, stdout=log, stderr=log)
+        start = time.perf_counter()
+        self._wait_for(1)
+        self.first_step_s = time.perf_counter() - start
+        self._everything = [self._process, *self._process.children(recursive=True)]
+        self._signal(signal.SIGSTOP)
+
+    def turn(self) -> list[dict[str, Any]]:
+        """Metrics of a turn's steps without its first one, which was stopped in the middle."""
+        done = len(read_metrics(self.metrics))
+        self._signal(signal.SIGCONT)
+        self._wait_for(done + STEPS_A_TURN)
+        self._signal(signal.SIGSTOP)
+        return read_metrics(self.metrics)[done + 1 : done + STEPS_A_TURN]
+
+    def end(self) -> None:
+        self._process.terminate()
+        self._signal(signal.SIGCONT)
+        self._process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._everything:
+            process.send_signal(number)
+
+    def _wait_for(self, lines: int) -> None:
+        while not self.metrics.is_file() or self.metrics.read_bytes().count(b"\n") < lines:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"{self._process.args} ended: {self._log.read_text()[-2000:]}")
             time.sleep(0.05)
-        first = time.perf_counter() - start
-        _, errors = process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"hovle train ended with {process.returncode}: {errors[-2000:]}")
-    lines = read_metrics(metrics)[WARM_UP:]
-    return (
-        [SAMPLES / line["samples_per_s"] for line in lines],
-        [line["data_wait_share"] for line in lines],
-        first,
-    )
 
 
-def compare(loop: BareLoop, folder: Path, threads: int) -> tuple[float, float, float]:
-    """The ratio of a step's time on so many threads, the share of it that waits for data, seconds to the first."""
-    torch.set_num_threads(threads)
-    bare, rays, waits, firsts = [loop.run()], [], [], []
-    for number in range(ROUNDS):
-        steps, waited, first = run_on_ray(folder, f"ray{threads}-{number}", threads)
-        rays.append(statistics.median(steps))
-        waits.append(statistics.fmean(waited))
-        firsts.append(first)
-        bare.append(loop.run())
-    print(f"{loop.trainer.dtype}, {threads} threads, {SAMPLES} pictures a step")
-    print("bare step: " + ", ".join(f"{1000 * s:.0f}" for s in bare) + " ms")
-    print("on Ray:    " + ", ".join(f"{1000 * s:.0f}" for s in rays) + " ms", flush=True)
-    pairs = [ray / ((before + after) / 2) for ray, before, after in zip(rays, bare, bare[1:], strict=False)]
-    return statistics.fmean(pairs), statistics.fmean(waits), statistics.fmean(firsts)
+def seconds(turn: list[dict[str, Any]]) -> float:
+    return statistics.fmean(SAMPLES / line["samples_per_s"] for line in turn)
+
+
+def compare(folder: Path) -> dict[str, float]:
+    (folder / "ray.yaml").write_text(yaml.safe_dump(recipe(folder, "ray")))
+    bare = Runner([sys.executable, __file__, str(folder)], folder / "bare")
+    ray = Runner([sys.executable, "-m", "hovle_core.cli", "train", str(folder / "ray.yaml")], folder / "ray")
+    try:
+        for runner in (bare, ray):  # the first steps are slower
+            runner.turn()
+        before, ratios, waits = seconds(bare.turn()), [], []
+        for _ in range(TURNS):
+            turn = ray.turn()
+            after = seconds(bare.turn())
+            ratios.append(2 * seconds(turn) / (before + after))
+            waits += [line["data_wait_share"] for line in turn]
+            print(f"on Ray {seconds(turn):.3f} s, bare {before:.3f} and {after:.3f} s", flush=True)
+            before = after
+    finally:
+        bare.end()
+        ray.end()
+    return {
+        "ratio": round(statistics.fmean(ratios), 3),
+        "ratio_error": round(statistics.stdev(ratios) / TURNS**0.5, 3),
+        "data_wait_share": round(statistics.fmean(waits), 4),
+        "first_step_s": round(ray.first_step_s, 1),
+    }
 
 
 def main() -> None:
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        make_world(folder)
-        loop = BareLoop(folder)
-        ratio, waited, first = compare(loop, folder, threads)
-        result = {
-            "ratio": round(ratio, 3),
-            "data_wait_share": round(waited, 4),
-            "first_step_s": round(first, 1),
-            "threads": threads,
-        }
-        if threads > 1:
-            result["ratio_with_a_core_free"] = round(compare(loop, folder, threads - 1)[0], 3)
-    print(json.dumps({"benchmark": "train_loop", **result}))
+        make_world(Path(temporary))
+        result = compare(Path(temporary))
+    print(json.dumps({"benchmark": "train_loop", **result, "threads": torch.get_num_threads()}))
 
 
 if __name__ == "__main__":
     if "GOMP_SPINCOUNT" not in os.environ:  # how a run's only worker waits; it is read when torch is imported
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GOMP_SPINCOUNT": SPINS})
-    main()
+    bare_loop(Path(sys.argv[1])) if len(sys.argv) > 1 else main()

@@ -62,6 +62,16 @@ def test_two_workers_equal_one_process(local_ray, make_recipe, tmp_path):
     assert largest_difference(final_weights(one), final_weights(two)) < 1e-4
 
 
+def test_a_ray_of_our_own_waits_for_its_workers_and_what_it_starts_does_not(local_ray, make_recipe):
+    run_on_ray(make_recipe("alignment"))
+    found = {process.name(): process.pid for process in psutil.Process().children()}
+    assert os.sched_getscheduler(found["gcs_server"]) == os.SCHED_IDLE
+    assert os.sched_getscheduler(found["raylet"]) == os.SCHED_IDLE | os.SCHED_RESET_ON_FORK
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+    policy = ray.remote(lambda: os.sched_getscheduler(0))
+    assert ray.get(policy.remote()) == os.SCHED_OTHER
+
+
 @pytest.mark.slow
 def test_steps_of_rows_go_on_with_another_number_of_workers(local_ray, make_recipe, plugins, tmp_path):
     """One process to the checkpoint behind step 1, two workers from there, with what waited in its packing windows."""

@@ -20,6 +20,7 @@ from hovle_train.config import Recipe
 from hovle_train.export import git_commit, write_json
 from hovle_train.failure import Stopped, stop_on_sigterm
 from hovle_train.lineage import absolute
+from hovle_train.priority import have_ray_wait, own_ray
 from hovle_train.runs import is_finished
 from hovle_train.runtime import Runtime
 
@@ -102,7 +103,7 @@ def run_on_ray(recipe: Recipe) -> None:
         1, int(ray.cluster_resources().get("CPU", 1)) // resources.num_workers
     )
     labels: dict[str, Any] = {"label_selector": resources.labels} if resources.labels else {}
-    config = {"recipe": absolute(recipe).model_dump(mode="json"), "commit": git_commit()}
+    config = {"recipe": absolute(recipe).model_dump(mode="json"), "commit": git_commit(), "ray": own_ray()}
     attempt = secrets.token_hex(8)
     pool = _start_pool(recipe)
     trainer = TorchTrainer(
@@ -214,6 +215,7 @@ def _worker(config: dict[str, Any]) -> None:
         write_json(recipe.path / ERROR_FILE, content)
 
     runtime = Runtime(rank, context.get_world_size(), get_device(), report, give_up)
+    have_ray_wait(config["ray"])
     try:
         Trainer(recipe, load_plugins(), runtime, commit=config["commit"]).run()
     except Stopped as stopped:
