@@ -1,5 +1,6 @@
 """What is saved is what is loaded, bit for bit: whole, in shards, on several devices, in other dtypes, over HTTP."""
 
+import copy
 import json
 import os
 import subprocess
@@ -137,6 +138,56 @@ def test_an_adapters_folder_is_its_base_and_the_adapter(processor, inputs, tmp_p
     ours = HovleForConditionalGeneration.from_pretrained(str(tmp_path), subfolder="adapter-ours")
     assert_same(ours, from_auto)
     assert ours.name_or_path == from_auto.name_or_path
+
+
+def test_an_adapter_beside_its_model_is_on_it(processor, inputs, tmp_path):
+    """In both formats: a folder that holds a model and an adapter is both."""
+    tiny_hovle(processor.tokenizer).save_pretrained(tmp_path / "ours")
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "released"), "--to", "released"]) == 0
+    for base in ("ours", "released"):
+        model = HovleForConditionalGeneration.from_pretrained(tmp_path / base)
+        lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+        adapted = get_peft_model(model, lora).eval()
+        adapted.save_pretrained(tmp_path / base)
+        again = HovleForConditionalGeneration.from_pretrained(tmp_path / base)
+        assert again.active_adapters() == ["default"], base
+        assert torch.equal(again(**inputs).logits, adapted(**inputs).logits)
+
+
+def test_an_adapter_on_the_hub_is_loaded_onto_its_base(processor, inputs, tmp_path, monkeypatch):
+    """The hub itself is what cannot be asked here: the snapshot stands for what it would have sent."""
+    tiny_hovle(processor.tokenizer).save_pretrained(tmp_path / "ours")
+    model = HovleForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "snapshot")
+    asked = []
+
+    def snapshot(repo, **options):
+        asked.append((repo, options["revision"]))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("hovle_core.hub.snapshot_download", snapshot)
+    again = HovleForConditionalGeneration.from_pretrained("someone/adapter", revision="v2")
+    assert asked == [("someone/adapter", "v2")]  # of the adapter, not of its base
+    assert torch.equal(again(**inputs).logits, adapted(**inputs).logits)
+
+
+@pytest.mark.parametrize("to", ["hovle", "released"])
+def test_what_may_mismatch_is_drawn_anew_in_both_formats(processor, tmp_path, to):
+    tiny_hovle(processor.tokenizer).save_pretrained(tmp_path / "hovle")
+    if to == "released":
+        assert main(["convert", str(tmp_path / "hovle"), str(tmp_path / "released"), "--to", "released"]) == 0
+    model = HovleForConditionalGeneration.from_pretrained(tmp_path / to)
+    config = copy.deepcopy(model.config)
+    config.embedding_config.intermediate_size += 32
+    with pytest.raises(ValueError, match="do not fit its config"):
+        HovleForConditionalGeneration.from_pretrained(tmp_path / to, config=config)
+    other, info = HovleForConditionalGeneration.from_pretrained(
+        tmp_path / to, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert len(info["mismatched_keys"]) == 3 * len(model.embedding.layers)
+    assert other.embedding.layers[0].mlp.up_proj.weight.isfinite().all()
+    assert torch.equal(other.get_output_embeddings().weight, model.get_output_embeddings().weight)
 
 
 def test_an_adapter_without_a_base_or_in_a_pickle_is_refused(tmp_path):

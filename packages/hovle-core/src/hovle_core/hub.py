@@ -12,6 +12,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from hovle_core.loading import is_adapter
+
 # Never code and never pickles: what is not on this list stays on the hub.
 TOKENIZER_PATTERNS = ("*.json", "tokenizer.model", "merges.txt", "*.jinja")
 WEIGHT_PATTERNS = ("*.safetensors",)
@@ -19,12 +21,13 @@ WEIGHT_PATTERNS = ("*.safetensors",)
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 
 
-def local_folder(name: str | Path, weights: bool, **hub: Any) -> Path:
+def local_folder(name: str | Path, weights: bool, may_be_adapter: bool = False, **hub: Any) -> Path:
     """The folder of a checkpoint: `name` itself, or the snapshot of the hub id that it is.
 
     Args:
         name: a folder, or a hub id such as "OpenGVLab/HoVLE".
         weights: whether safetensors are needed; otherwise only configs and tokenizer files are downloaded.
+        may_be_adapter: whether the folder of a peft adapter, without a model, is an answer as well.
         hub: `HUB_ARGUMENTS`, as in transformers.
 
     Raises FileNotFoundError saying what to do: no such folder, unknown or gated repository, unknown revision, nothing
@@ -35,7 +38,7 @@ def local_folder(name: str | Path, weights: bool, **hub: Any) -> Path:
     folder /= subfolder
     if not folder.is_dir():
         raise FileNotFoundError(f"{name} has no subfolder {subfolder!r}")
-    if weights and not (folder / "config.json").is_file():
+    if weights and not (folder / "config.json").is_file() and not (may_be_adapter and is_adapter(folder)):
         raise FileNotFoundError(f"{folder} holds no config.json: it is no checkpoint")
     return folder
 

@@ -3,7 +3,6 @@
 Shapes: B batch, T tokens in `input_ids`, N tiles of all samples, S tile side in pixels, V vocabulary.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -30,11 +29,10 @@ from hovle_core.generation import HovleGenerationMixin
 from hovle_core.holistic_embedding import HolisticEmbedding
 from hovle_core.hub import HUB_ARGUMENTS, local_folder
 from hovle_core.layers import TransformerBlock
+from hovle_core.loading import ADAPTER_CONFIG, add_adapter, base_of, check_adapter, check_whole, is_adapter
 from hovle_core.losses import IGNORE_INDEX, causal_lm_loss, within_samples
 from hovle_core.official import is_released, read_released_config
 from hovle_core.official_tensors import load_released
-
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 attention.register()
 
@@ -102,8 +100,8 @@ class HovleForConditionalGeneration(PreTrainedModel, HovleGenerationMixin):
         config: HovleConfig | None = None,
         **kwargs: Any,
     ) -> "HovleForConditionalGeneration":
-        """As transformers', for a folder or hub id in our format or the released one, and for the folder of a peft
-        adapter, whose base model is loaded with it.
+        """As transformers', for a folder or hub id in our format or the released one, and for one of a peft adapter,
+        whose base model is loaded with it.
 
         Raises ValueError for remote code, tensors that do not fit the config, and a released checkpoint's pickles
         (OSError, transformers' own, for a folder in our format that holds nothing else); FileNotFoundError, saying
@@ -120,53 +118,39 @@ class HovleForConditionalGeneration(PreTrainedModel, HovleGenerationMixin):
         name = pretrained_model_name_or_path
         if name is None:
             return super().from_pretrained(None, *args, config=config, **kwargs)
-        if _is_adapter(adapter := Path(name, kwargs.get("subfolder") or "")):
-            kwargs.pop("subfolder", None)
-            return cls._with_adapter(adapter, *args, config=config, **kwargs)
+        loaded: Any  # with the info, which transformers does not declare
         hub = {argument: kwargs.pop(argument) for argument in HUB_ARGUMENTS if argument in kwargs}
-        folder = local_folder(name, weights=True, **hub)
+        folder = local_folder(name, weights=True, may_be_adapter=True, **hub)
         wants_info = kwargs.pop("output_loading_info", False)
+        if is_adapter(folder):
+            check_adapter(folder)
+            for argument in ("revision", "subfolder"):  # the adapter's, not its base model's
+                hub.pop(argument, None)
+            adapter_name = kwargs.pop("adapter_name", None)
+            model = cls.from_pretrained(base_of(folder), *args, config=config, **hub, **kwargs)
+            info = add_adapter(model, folder, adapter_name)
+            loaded = (model, info) if wants_info else model  # the adapter's, as in transformers
+            return loaded
         may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         # transformers would raise without the tensor's name; _check_whole has it.
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        loaded: Any  # with the info, which transformers does not declare
         if is_released(folder):
             from hovle_core.convert import generation_from_released
 
-            config = config or read_released_config(folder)
-            state_dict = load_released(folder, config)
+            own_config = read_released_config(folder) if config is None or may_mismatch else config
+            state_dict = load_released(folder, own_config)
+            config = config or own_config
             if kwargs.get("generation_config") is None:
                 kwargs["generation_config"] = generation_from_released(folder, config)
             loaded = super().from_pretrained(None, *args, config=config, state_dict=state_dict, **kwargs)
         else:
             loaded = super().from_pretrained(folder, *args, config=config, use_safetensors=True, **kwargs)
         model, info = loaded
-        _check_whole(str(name), info, may_mismatch)
+        check_whole(str(name), info, may_mismatch)
+        if is_released(folder) and (folder / ADAPTER_CONFIG).is_file():
+            add_adapter(model, folder)  # as transformers does with one beside a model in our format
         model.name_or_path = model.config.name_or_path = str(name)  # the hub id, not the cache's folder
         return loaded if wants_info else model
-
-    @classmethod
-    def _with_adapter(
-        cls, folder: Path, *args: Any, adapter_name: str | None = None, **kwargs: Any
-    ) -> "HovleForConditionalGeneration":
-        """The base model that the adapter in `folder` names, and the adapter on it."""
-        base = json.loads((folder / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
-        if not base:
-            raise ValueError(
-                f"{folder}/{ADAPTER_CONFIG} names no base_model_name_or_path: load the base model, then the adapter "
-                "with model.load_adapter(folder)"
-            )
-        if not (folder / ADAPTER_WEIGHTS).is_file():  # transformers would go on to a pickle
-            raise FileNotFoundError(f"{folder} holds {ADAPTER_CONFIG} and no {ADAPTER_WEIGHTS}")
-        wants_info = kwargs.pop("output_loading_info", False)
-        model = cls.from_pretrained(base, *args, **kwargs)
-        try:
-            info = model.load_adapter(str(folder), adapter_name=adapter_name)
-        except RuntimeError as error:  # transformers', of another shape
-            raise ValueError(f"{folder}/{ADAPTER_WEIGHTS} does not fit {ADAPTER_CONFIG}: {error}") from error
-        _check_whole(str(folder), {**info.to_dict(), "mismatched_keys": ()}, may_mismatch=True)
-        loaded: Any = (model, info.to_dict()) if wants_info else model  # the adapter's, as in transformers
-        return loaded
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding.embed_tokens
@@ -282,31 +266,6 @@ class HovleForConditionalGeneration(PreTrainedModel, HovleGenerationMixin):
         outputs = self.language_model(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         outputs.past_key_values = past_key_values  # the whole cache, not the LLM's view of it
         return outputs
-
-
-def _is_adapter(folder: Path) -> bool:
-    """Whether `folder` holds a peft adapter and no model."""
-    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
-
-
-def _check_whole(name: str, info: dict[str, Any], may_mismatch: bool) -> None:
-    """Raise ValueError naming a tensor that a checkpoint lacks, has too many, or has in another shape: transformers
-    draws it at random, or leaves it out, and only logs it."""
-    if not may_mismatch and (misshapen := sorted(info["mismatched_keys"])):
-        tensor, found, expected = misshapen[0]
-        more = f" (and {len(misshapen) - 1} more like it)" if len(misshapen) > 1 else ""
-        raise ValueError(
-            f"the tensors of {name} do not fit its config: {tensor} is {list(found)}, expected {list(expected)}{more}"
-        )
-    for what, key in (
-        ("lacks", "missing_keys"),
-        ("has, and its config has no place for,", "unexpected_keys"),
-    ):
-        if found := sorted(info[key]):
-            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            raise ValueError(
-                f"{name} {what} the tensor {found[0]}{more}: config and weights do not fit each other"
-            )
 
 
 AutoModel.register(HovleConfig, HovleForConditionalGeneration, exist_ok=True)

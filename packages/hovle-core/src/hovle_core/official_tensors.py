@@ -172,7 +172,7 @@ def _check(
 
 
 def load_released(folder: Path, config: HovleConfig) -> dict[str, Tensor]:
-    """The tensors of a released folder under our names; what is not a q, k or v stays mapped from disk.
+    """The tensors of a released folder of this config under our names; what is not a q, k or v stays mapped from disk.
 
     Raises ValueError naming a missing, unknown or misshapen tensor, FileNotFoundError where there are no safetensors.
     """
