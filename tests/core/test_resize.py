@@ -17,7 +17,8 @@ def noise(width, height, seed=0):
 
 
 def pillow(image, size):
-    return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    """`[3, H, W]`"""
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
 @pytest.fixture

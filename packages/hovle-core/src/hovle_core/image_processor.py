@@ -115,10 +115,10 @@ class HovleImageProcessor(BaseImageProcessor):
         sizes = [(columns * size, rows * size)] + [(size, size)] * has_thumbnail
         whole, *thumbnail = (resize_close if self.fast else resize_exact)(image, sizes)
         planes = np.empty((count + has_thumbnail, 3, size, size), np.uint8)
-        cut = whole.reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3)
+        cut = whole.reshape(3, rows, size, columns, size).transpose(1, 3, 0, 2, 4)
         planes[:count].reshape(cut.shape)[:] = cut
         if has_thumbnail:
-            planes[count] = thumbnail[0].transpose(2, 0, 1)
+            planes[count] = thumbnail[0]
         return planes.transpose(0, 2, 3, 1)
 
     def tiles_of_file(self, data: bytes) -> np.ndarray:

@@ -24,12 +24,15 @@ SMALLEST_COMPILED = 2**20
 
 
 def resize_exact(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """RGB picture -> uint8 `[H, W, 3]` for each (W, H): the bytes of `image.resize((W, H), BICUBIC)`."""
+    """RGB picture -> uint8 `[3, H, W]` for each (W, H): the bytes of `image.resize((W, H), BICUBIC)`.
+
+    Like those of resize_close these are views; how they lie in memory is what was quickest to make.
+    """
     compiled = [size for size in sizes if _is_compiled(image.size, size)]
     resized = dict(zip(compiled, _compiled(image, compiled), strict=True)) if compiled else {}
     for size in sizes:
         if size not in resized:
-            resized[size] = _pixels(image.resize(size, Image.Resampling.BICUBIC))
+            resized[size] = _pixels(image.resize(size, Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     return [resized[size] for size in sizes]
 
 
@@ -41,7 +44,7 @@ def resize_close(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[n
     resized = [
         F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True) for width, height in sizes
     ]
-    return [x[0].permute(1, 2, 0).numpy() for x in resized]
+    return [x[0].numpy() for x in resized]
 
 
 def vertical_first(source: tuple[int, int], target: tuple[int, int]) -> bool:
@@ -69,21 +72,22 @@ def _compiled(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.n
 
     width, height = image.size
     across = [kernels.coefficients(width, W) for W, _ in sizes]
-    narrowed = [np.empty((height, W * 3), np.uint8) for W, _ in sizes]
+    narrowed = [np.empty((height, 3, W), np.uint8) for W, _ in sizes]
     # A column of each channel is one line of bytes.
-    turned = np.zeros((width * 3, BAND), np.uint8)
-    turned_rows = [np.empty((W * 3, BAND), np.uint8) for W, _ in sizes]
+    turned = np.zeros((width, 3, BAND), np.uint8)
+    turned_rows = [np.empty((W, 3, BAND), np.uint8) for W, _ in sizes]
     for top, band in _bands(image):
         m = len(band)
-        turned[:, :m] = band.reshape(m, width * 3).T
+        turned.reshape(width * 3, BAND)[:, :m] = band.reshape(m, width * 3).T
         for coefficients, columns, rows in zip(across, turned_rows, narrowed, strict=True):
             kernels.resize_rows(turned.reshape(width, -1), *coefficients, columns.reshape(-1, 3 * BAND))
-            rows[top : top + m] = columns[:, :m].T
-    resized = [np.empty((H, W, 3), np.uint8) for W, H in sizes]
-    for rows, out in zip(narrowed, resized, strict=True):
-        H, W, _ = out.shape
-        coefficients = kernels.coefficients(height, H)
-        kernels.resize_columns(rows, *coefficients, out.reshape(H, W * 3))
+            for channel in range(3):
+                rows[top : top + m, channel] = columns[:, channel, :m].T
+    resized = []
+    for rows, (W, H) in zip(narrowed, sizes, strict=True):
+        out = np.empty((H, 3, W), np.uint8)
+        kernels.resize_columns(rows.reshape(height, -1), *kernels.coefficients(height, H), out.reshape(H, -1))
+        resized.append(out.transpose(1, 0, 2))
     return resized
 
 
