@@ -1,4 +1,4 @@
-"""A training step: useful tokens/s packed against padded, and the share of this machine's bfloat16 matmul peak it gets.
+"""A training step: useful tokens/s packed against padded, and the share of this machine's matmul peak that it gets.
 
 Packed against padded: whole steps (forward, backward, float32 masters, Muon and AdamW) of the demo's model on 64
 samples each, with lengths drawn from those of the demo's alignment and instruction tuning recipes. Padded is what a
@@ -6,8 +6,9 @@ plain collator gives: rows padded to the longest, an attention_mask, SDPA. Both 
 
 Share of peak: forward and backward of the 2.6B model's shapes cut to 2 embedding blocks and 2 LLM layers, on a packed
 row of 4,096 tokens. Operations are those of the matmuls that the step needs (2 a weight and token forward, 4 backward;
-the head at targets only; causal attention counted half); the peak is the rate that plain bfloat16 matmuls keep
-up for three seconds before and after each step, and the share the mean of two steps.
+the head at targets only; causal attention counted half); the peak is the rate that plain matmuls keep up for three
+seconds before and after each step, and the share the mean of two steps. Both compute in bfloat16 where the CPU is fast
+at it, as training does, and in float32 elsewhere; `dtype` says which.
 """
 
 import json
@@ -25,8 +26,8 @@ from hovle_core.attention import PACKED_ATTENTION
 from hovle_core.config import HolisticEmbeddingConfig
 from hovle_core.losses import next_token_loss
 from hovle_core.precision import has_fast_bfloat16
-from hovle_train.config import OptimConfig
 from hovle_train.optim import build_optimizers
+from hovle_train.recipe_sections import OptimConfig
 from hovle_train.weights import Weights
 
 # How many of the first 512 samples of each recipe have so many tokens; 16 tokens of each are its picture. In both, all
@@ -182,7 +183,7 @@ def share_of_peak() -> dict[str, float]:
     weights = Weights(model, DTYPE)
     model.set_attn_implementation(PACKED_ATTENTION)
     batch = packed(samples_of(LARGE, model), torch.randn(len(LARGE), 3, 448, 448).to(DTYPE))
-    a, b = torch.randn(4096, 2048, dtype=torch.bfloat16), torch.randn(2048, 8192, dtype=torch.bfloat16)
+    a, b = torch.randn(4096, 2048, dtype=DTYPE), torch.randn(2048, 8192, dtype=DTYPE)
     work, shares = operations(model, LARGE), []
 
     def step() -> None:
@@ -200,7 +201,8 @@ def share_of_peak() -> dict[str, float]:
 def main() -> None:
     torch.manual_seed(0)
     print(f"{DTYPE}, {torch.get_num_threads()} threads")
-    print(json.dumps({"benchmark": "train_step", **compare(), **share_of_peak()}))
+    dtype = str(DTYPE).removeprefix("torch.")
+    print(json.dumps({"benchmark": "train_step", "dtype": dtype, **compare(), **share_of_peak()}))
 
 
 if __name__ == "__main__":
