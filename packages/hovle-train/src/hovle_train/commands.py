@@ -147,7 +147,7 @@ def train(
         return
     device = torch.device("cuda" if recipe.resources.use_gpu else "cpu")
     if recipe.train.precision == "auto" and not recipe.resources.use_gpu and not has_fast_bfloat16(device):
-        console.print("[yellow]warning:[/] this CPU has no fast bfloat16: float32, about three times slower")
+        console.print("[yellow]warning:[/] this CPU has no fast bfloat16: training runs in float32")
     try:
         with follow(recipe.path, label, recipe.train.steps, console):
             (run_local if local else run_on_ray)(recipe)
