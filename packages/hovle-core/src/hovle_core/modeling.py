@@ -123,11 +123,12 @@ class HovleForConditionalGeneration(PreTrainedModel, HovleGenerationMixin):
         folder = local_folder(name, weights=True, may_be_adapter=True, **hub)
         wants_info = kwargs.pop("output_loading_info", False)
         if is_adapter(folder):
-            check_adapter(folder)
+            base = base_of(folder)
+            check_adapter(folder)  # before the base model is loaded
             for argument in ("revision", "subfolder"):  # the adapter's, not its base model's
                 hub.pop(argument, None)
             adapter_name = kwargs.pop("adapter_name", None)
-            model = cls.from_pretrained(base_of(folder), *args, config=config, **hub, **kwargs)
+            model = cls.from_pretrained(base, *args, config=config, **hub, **kwargs)
             info = add_adapter(model, folder, adapter_name)
             loaded = (model, info) if wants_info else model  # the adapter's, as in transformers
             return loaded
