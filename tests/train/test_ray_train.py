@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from hovle_train.loop import Trainer
 from hovle_train.metrics import read_metrics
+from hovle_train.priority import have_ray_wait, own_ray
 from hovle_train.ray_trainer import RAY_ENVIRONMENT, RecipeError, run_local, run_on_ray
 from hovle_train.runs import is_finished, read_summary
 from hovle_train.runtime import Runtime
@@ -51,6 +52,18 @@ def curve(recipe, name="loss"):
     return [line[name] for line in read_metrics(recipe.path / "metrics.jsonl")]
 
 
+def test_a_cluster_s_processes_are_left_alone():
+    """Whoever calls it has no raylet of its own for a parent."""
+    subprocess = psutil.Popen(["sleep", "60"])
+    try:
+        have_ray_wait([subprocess.pid])
+        assert os.sched_getscheduler(subprocess.pid) == os.SCHED_OTHER
+        assert own_ray() == []
+    finally:
+        subprocess.kill()
+        subprocess.wait()
+
+
 def test_two_workers_equal_one_process(local_ray, make_recipe, tmp_path):
     """The same global batch on one process without Ray, and shared by two workers over gloo."""
     one = make_recipe("instruction_tuning", run_dir=str(tmp_path / "one"))
@@ -62,12 +75,29 @@ def test_two_workers_equal_one_process(local_ray, make_recipe, tmp_path):
     assert largest_difference(final_weights(one), final_weights(two)) < 1e-4
 
 
-def test_a_ray_of_our_own_waits_for_its_workers_and_what_it_starts_does_not(local_ray, make_recipe):
-    run_on_ray(make_recipe("alignment"))
-    found = {process.name(): process.pid for process in psutil.Process().children()}
-    assert os.sched_getscheduler(found["gcs_server"]) == os.SCHED_IDLE
-    assert os.sched_getscheduler(found["raylet"]) == os.SCHED_IDLE | os.SCHED_RESET_ON_FORK
-    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+def test_what_of_ray_only_looks_on_waits_for_the_worker_and_nothing_else_does(local_ray, make_recipe):
+    policies = {}
+
+    def look():
+        deadline = time.monotonic() + 100
+        while not policies.get("ray::RayTrainWorker") and time.monotonic() < deadline:
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error, OSError):
+                    name = " ".join(process.cmdline())
+                    found = [os.sched_getscheduler(thread.id) for thread in process.threads()]
+                    policies[name.split(".")[0] if name.startswith("ray::") else process.name()] = set(found)
+            if not read_metrics(recipe.path / "metrics.jsonl"):
+                policies.pop("ray::RayTrainWorker", None)
+            time.sleep(0.2)
+
+    recipe = make_recipe("alignment", train={"steps": 400})
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    run_on_ray(recipe)
+    watcher.join()
+    assert os.SCHED_IDLE in policies["ray::_AutoscalingCoordinatorActor"]
+    for name in ("ray::RayTrainWorker", "ray::TrainController", "gcs_server", "raylet"):
+        assert policies[name] == {os.SCHED_OTHER}, name
     policy = ray.remote(lambda: os.sched_getscheduler(0))
     assert ray.get(policy.remote()) == os.SCHED_OTHER
 

@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -75,24 +76,27 @@ def check_local(recipe: Recipe) -> None:
         )
 
 
-def run_local(recipe: Recipe) -> None:
-    """Run a recipe in this process, without Ray, on one worker. Raises ValueError as `check_local` does."""
+def run_local(recipe: Recipe, asked: threading.Event | None = None) -> None:
+    """Run a recipe in this process, without Ray, on one worker. Raises ValueError as `check_local` does, and Stopped
+    as `run_on_ray`; SIGTERM sets `asked`, also behind the last step, where nothing is left to be stopped."""
     check_local(recipe)
     from hovle_train.loop import Trainer
 
     device = torch.device("cuda" if recipe.resources.use_gpu else "cpu")
-    with stop_on_sigterm(recipe.path):
+    with stop_on_sigterm(recipe.path, asked or threading.Event()):
         Trainer(recipe, load_plugins(), Runtime(device=device), commit=git_commit()).run()
 
 
-def run_on_ray(recipe: Recipe) -> None:
+def run_on_ray(recipe: Recipe, asked: threading.Event | None = None) -> None:
     """Run a recipe on the Ray cluster this process is connected to, or on a local one started for it.
 
     A worker that dies is restarted up to `resources.max_failures` times and resumes from the newest checkpoint in
     `run_dir`, which all workers must share. Raises ray.train's TrainingFailedError after that. What a restart cannot
     mend (a bad recipe, unreadable data, a full disk, a loss that is not finite, a rank that hangs) is not tried again,
-    and raises RecipeError. SIGTERM to this process stops all workers behind a checkpoint and raises Stopped.
+    and raises RecipeError. SIGTERM to this process sets `asked`, stops all workers behind a checkpoint and raises
+    Stopped.
     """
+    asked = asked or threading.Event()
     start_ray()
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -103,7 +107,13 @@ def run_on_ray(recipe: Recipe) -> None:
         1, int(ray.cluster_resources().get("CPU", 1)) // resources.num_workers
     )
     labels: dict[str, Any] = {"label_selector": resources.labels} if resources.labels else {}
-    config = {"recipe": absolute(recipe).model_dump(mode="json"), "commit": git_commit(), "ray": own_ray()}
+    # A step of one worker is all of the machine's; several, and teachers, are served by Ray while they compute.
+    alone = resources.num_workers == 1 and resources.teacher_pool is None
+    config = {
+        "recipe": absolute(recipe).model_dump(mode="json"),
+        "commit": git_commit(),
+        "ray": own_ray() if alone else [],
+    }
     attempt = secrets.token_hex(8)
     pool = _start_pool(recipe)
     trainer = TorchTrainer(
@@ -133,7 +143,7 @@ def run_on_ray(recipe: Recipe) -> None:
         ),
     )
     try:
-        with stop_on_sigterm(recipe.path) as asked:
+        with stop_on_sigterm(recipe.path, asked):
             trainer.fit()
     finally:
         for teacher in pool:
