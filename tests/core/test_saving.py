@@ -149,9 +149,27 @@ def test_an_adapter_beside_its_model_is_on_it(processor, inputs, tmp_path):
         lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
         adapted = get_peft_model(model, lora).eval()
         adapted.save_pretrained(tmp_path / base)
-        again = HovleForConditionalGeneration.from_pretrained(tmp_path / base)
-        assert again.active_adapters() == ["default"], base
+        again, info = HovleForConditionalGeneration.from_pretrained(
+            tmp_path / base, adapter_name="mine", output_loading_info=True
+        )
+        assert again.active_adapters() == ["mine"], base
+        assert not any(info.values())
         assert torch.equal(again(**inputs).logits, adapted(**inputs).logits)
+        assert again.generation_config.to_dict() == model.generation_config.to_dict()
+        # Another adapter of this base is on the base alone.
+        second = get_peft_model(tiny_hovle(processor.tokenizer), LoraConfig(target_modules=["k_proj"]))
+        second.save_pretrained(tmp_path / f"second-{base}")
+        config = tmp_path / f"second-{base}" / "adapter_config.json"
+        config.write_text(
+            json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / base)})
+        )
+        assert HovleForConditionalGeneration.from_pretrained(config.parent).active_adapters() == ["default"]
+        # And what the adapter lies beside has to be whole.
+        other = copy.deepcopy(model.config)
+        other.embedding_config.intermediate_size += 32
+        with pytest.raises(ValueError, match="do not fit its config"):
+            HovleForConditionalGeneration.from_pretrained(tmp_path / base, config=other)
+        assert main(["convert", str(tmp_path / base), str(tmp_path / "converted"), "--to", "hovle"]) == 2
 
 
 def test_an_adapter_on_the_hub_is_loaded_onto_its_base(processor, inputs, tmp_path, monkeypatch):
@@ -163,13 +181,19 @@ def test_an_adapter_on_the_hub_is_loaded_onto_its_base(processor, inputs, tmp_pa
     asked = []
 
     def snapshot(repo, **options):
-        asked.append((repo, options["revision"]))
-        return str(tmp_path / "snapshot")
+        asked.append((repo, options.get("revision")))
+        return str(tmp_path / {"someone/adapter": "snapshot", "someone/base": "ours"}[repo])
 
     monkeypatch.setattr("hovle_core.hub.snapshot_download", snapshot)
     again = HovleForConditionalGeneration.from_pretrained("someone/adapter", revision="v2")
     assert asked == [("someone/adapter", "v2")]  # of the adapter, not of its base
     assert torch.equal(again(**inputs).logits, adapted(**inputs).logits)
+    config = tmp_path / "snapshot" / "adapter_config.json"
+    base = {"base_model_name_or_path": "someone/base", "revision": "v7"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | base))
+    again = HovleForConditionalGeneration.from_pretrained("someone/adapter")
+    assert asked[1:] == [("someone/adapter", None), ("someone/base", "v7")]
+    assert again.name_or_path == "someone/base"
 
 
 @pytest.mark.parametrize("to", ["hovle", "released"])

@@ -12,8 +12,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hovle_core.loading import is_adapter
-
 # Never code and never pickles: what is not on this list stays on the hub.
 TOKENIZER_PATTERNS = ("*.json", "tokenizer.model", "merges.txt", "*.jinja")
 WEIGHT_PATTERNS = ("*.safetensors",)
@@ -34,6 +32,8 @@ def local_folder(name: str | Path, weights: bool, may_be_adapter: bool = False, 
     in the cache while offline, no such subfolder.
     """
     subfolder = hub.pop("subfolder", None) or ""
+    from hovle_core.loading import is_adapter  # imports transformers
+
     folder = Path(name) if Path(name).is_dir() else _snapshot(str(name), weights, subfolder, hub)
     folder /= subfolder
     if not folder.is_dir():

@@ -1,9 +1,13 @@
 """What is loaded must be whole: a checkpoint's tensors and those of a peft adapter, from safetensors only."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from transformers.utils import is_peft_available
+
+from hovle_core.official import json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,19 +20,24 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
-def base_of(adapter: Path) -> str:
-    """The folder or hub id of the model that an adapter is for. Raises ValueError where it names none."""
-    base = json.loads((adapter / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+def base_of(adapter: Path) -> tuple[str, str | None]:
+    """The folder or hub id of the model that an adapter is for, and its revision. Raises ValueError for none."""
+    config = json_object(adapter / ADAPTER_CONFIG)
+    base = config.get("base_model_name_or_path")
     if not base:
         raise ValueError(
             f"{adapter}/{ADAPTER_CONFIG} names no base_model_name_or_path: load the base model, then the adapter with "
             "model.load_adapter(folder)"
         )
-    return str(base)
+    return str(base), config.get("revision")
 
 
 def check_adapter(folder: Path) -> None:
-    """Raise FileNotFoundError for one without safetensors, where transformers would go on to a pickle."""
+    """Raise FileNotFoundError for one without safetensors, where transformers would go on to a pickle; ValueError for
+    a malformed config, ImportError without peft."""
+    json_object(folder / ADAPTER_CONFIG)
+    if not is_peft_available():
+        raise ImportError(f"{folder} holds an adapter, which needs peft: pip install 'hovle-core[peft]'")
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} holds {ADAPTER_CONFIG} and no {ADAPTER_WEIGHTS}")
 
@@ -41,7 +50,7 @@ def add_adapter(model: "PreTrainedModel", folder: Path, adapter_name: str | None
     check_adapter(folder)
     try:
         info = model.load_adapter(str(folder), adapter_name=adapter_name).to_dict()
-    except RuntimeError as error:  # transformers', of another shape
+    except (RuntimeError, SafetensorError) as error:  # transformers', of another shape; and a damaged file's
         raise ValueError(f"{folder}/{ADAPTER_WEIGHTS} does not fit {ADAPTER_CONFIG}: {error}") from error
     check_whole(str(folder), {**info, "mismatched_keys": ()}, may_mismatch=True)
     return info

@@ -16,10 +16,11 @@ from transformers import (
     AutoModelForMultimodalLM,
     Cache,
     DynamicCache,
+    GenerationConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import GENERATION_CONFIG_NAME, can_return_tuple
 
 from hovle_core import attention
 from hovle_core.cache import grow_in_place, hold_states, make_room
@@ -33,6 +34,7 @@ from hovle_core.loading import ADAPTER_CONFIG, add_adapter, base_of, check_adapt
 from hovle_core.losses import IGNORE_INDEX, causal_lm_loss, within_samples
 from hovle_core.official import is_released, read_released_config
 from hovle_core.official_tensors import load_released
+from hovle_core.tensor_files import TensorFiles
 
 attention.register()
 
@@ -101,7 +103,7 @@ class HovleForConditionalGeneration(PreTrainedModel, HovleGenerationMixin):
         **kwargs: Any,
     ) -> "HovleForConditionalGeneration":
         """As transformers', for a folder or hub id in our format or the released one, and for one of a peft adapter,
-        whose base model is loaded with it.
+        whose base model is loaded with it. An adapter that lies beside a model is put on it.
 
         Raises ValueError for remote code, tensors that do not fit the config, and a released checkpoint's pickles
         (OSError, transformers' own, for a folder in our format that holds nothing else); FileNotFoundError, saying
@@ -118,40 +120,56 @@ class HovleForConditionalGeneration(PreTrainedModel, HovleGenerationMixin):
         name = pretrained_model_name_or_path
         if name is None:
             return super().from_pretrained(None, *args, config=config, **kwargs)
-        loaded: Any  # with the info, which transformers does not declare
         hub = {argument: kwargs.pop(argument) for argument in HUB_ARGUMENTS if argument in kwargs}
         folder = local_folder(name, weights=True, may_be_adapter=True, **hub)
+        adapter = folder if (folder / ADAPTER_CONFIG).is_file() else None
         wants_info = kwargs.pop("output_loading_info", False)
-        if is_adapter(folder):
-            base = base_of(folder)
-            check_adapter(folder)  # before the base model is loaded
-            for argument in ("revision", "subfolder"):  # the adapter's, not its base model's
-                hub.pop(argument, None)
+        adapter_name, base = None, base_of(folder) if is_adapter(folder) else None
+        if adapter is not None:
+            check_adapter(adapter)  # before a model is loaded
             adapter_name = kwargs.pop("adapter_name", None)
-            model = cls.from_pretrained(base, *args, config=config, **hub, **kwargs)
-            info = add_adapter(model, folder, adapter_name)
-            loaded = (model, info) if wants_info else model  # the adapter's, as in transformers
-            return loaded
+        if base is not None:
+            name, revision = base
+            base_hub = {argument: value for argument, value in hub.items() if argument != "subfolder"}
+            folder = local_folder(name, weights=True, **base_hub | {"revision": revision})
+        model, info = cls._without_adapter(str(name), folder, *args, config=config, **kwargs)
+        if adapter is not None:
+            info = add_adapter(model, adapter, adapter_name)  # what transformers reports as well
+        model.name_or_path = model.config.name_or_path = str(name)  # the hub id, not the cache's folder
+        loaded: Any = (model, info) if wants_info else model  # the info transformers does not declare
+        return loaded
+
+    @classmethod
+    def _without_adapter(
+        cls, name: str, folder: Path, *args: Any, config: HovleConfig | None, **kwargs: Any
+    ) -> "tuple[HovleForConditionalGeneration, dict[str, Any]]":
+        """The model in `folder` without an adapter that lies beside it, and transformers' report, which is checked."""
         may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
-        # transformers would raise without the tensor's name; _check_whole has it.
+        # transformers would raise without the tensor's name; check_whole has it.
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        source: Path | None = None
         if is_released(folder):
             from hovle_core.convert import generation_from_released
 
             own_config = read_released_config(folder) if config is None or may_mismatch else config
-            state_dict = load_released(folder, own_config)
+            kwargs["state_dict"] = load_released(folder, own_config)
             config = config or own_config
             if kwargs.get("generation_config") is None:
                 kwargs["generation_config"] = generation_from_released(folder, config)
-            loaded = super().from_pretrained(None, *args, config=config, state_dict=state_dict, **kwargs)
+        elif (
+            folder / ADAPTER_CONFIG
+        ).is_file():  # transformers would load it, too, and report on nothing else
+            with TensorFiles(folder) as tensors:
+                kwargs["state_dict"] = {tensor: tensors[tensor] for tensor in tensors.shapes}
+            config = config or HovleConfig.from_pretrained(folder)
+            if kwargs.get("generation_config") is None and (folder / GENERATION_CONFIG_NAME).is_file():
+                kwargs["generation_config"] = GenerationConfig.from_pretrained(folder)
         else:
-            loaded = super().from_pretrained(folder, *args, config=config, use_safetensors=True, **kwargs)
+            source, kwargs["use_safetensors"] = folder, True
+        loaded: Any = super().from_pretrained(source, *args, config=config, **kwargs)
         model, info = loaded
-        check_whole(str(name), info, may_mismatch)
-        if is_released(folder) and (folder / ADAPTER_CONFIG).is_file():
-            add_adapter(model, folder)  # as transformers does with one beside a model in our format
-        model.name_or_path = model.config.name_or_path = str(name)  # the hub id, not the cache's folder
-        return loaded if wants_info else model
+        check_whole(name, info, may_mismatch)
+        return model, info
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding.embed_tokens

@@ -145,6 +145,11 @@ def _convert(args: argparse.Namespace) -> int:
     from hovle_core.runs import latest_checkpoint
 
     source = local_folder(latest_checkpoint(args.source), weights=True, revision=args.revision)
+    if (source / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{source} holds an adapter beside its model, and a conversion has no place for it: merge it (peft's "
+            "merge_and_unload) and save that, or convert a copy without adapter_config.json"
+        )
     destination = Path(args.destination)
     check_destination(source, destination, args.force)
     planned = plan(source, args.to)
