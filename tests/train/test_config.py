@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from hovle_core.cli import main
+from hovle_data.sections import read_yaml
 from hovle_train.recipe_file import apply_overrides, load_recipe, parse_recipe
 
 MINIMAL = {
@@ -191,6 +192,10 @@ def test_numbers_as_people_write_them(tmp_path):
     recipe = load_recipe(path)
     assert (recipe.optim.lr, recipe.optim.weight_decay, recipe.optim.min_lr_share) == (1e-3, 0.05, 0.0)
     assert recipe.run_dir == "1e-3"
+
+
+def test_a_date_is_text(tmp_path):
+    assert apply_overrides(read_yaml("run_dir: 2026-01-01"), []) == {"run_dir": "2026-01-01"}
 
 
 def test_overrides():

@@ -21,6 +21,7 @@ def test_rates():
     assert [drop_rate(rising, step, 7, 0, 5) for step in (0, 3, 6)] == pytest.approx([0.1, 0.4, 0.7])
     both = DropPathConfig(rate=0.6, start_rate=0)
     assert drop_rate(both, 5, 11, 1, 3) == pytest.approx(0.15)
+    assert drop_rate(linear, 0, 10, 0, 1) == pytest.approx(0.4), "the only block is the last one"
 
 
 @pytest.fixture(scope="module")

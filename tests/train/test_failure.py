@@ -97,7 +97,7 @@ def test_sigterm_stops_behind_a_checkpoint_with_a_code_of_its_own(
     assert_same(stopped, final_weights(whole))
 
 
-@pytest.mark.parametrize("damage", ["another byte", "cut", "no state"])
+@pytest.mark.parametrize("damage", ["another byte", "cut", "no state", "another step"])
 def test_the_checkpoint_before_a_damaged_one_is_used(make_recipe, plugins, whole, caplog, damage):
     recipe = make_recipe("alignment")
     with pytest.raises(ZeroDivisionError):
@@ -109,11 +109,26 @@ def test_the_checkpoint_before_a_damaged_one_is_used(make_recipe, plugins, whole
         (last / checkpoint.OPTIMIZER).write_bytes(content)
     elif damage == "cut":
         (last / checkpoint.OPTIMIZER).write_bytes(content[:-100])
+    elif damage == "another step":
+        state = (last / checkpoint.STATE).read_text()
+        assert '"step": 3,' in state
+        (last / checkpoint.STATE).write_text(state.replace('"step": 3,', '"step": 4,'))
     else:
         (last / checkpoint.STATE).unlink()
     assert checkpoint.newest(recipe.path / "checkpoints") == first
-    assert f"{last} is {'damaged' if damage == 'another byte' else 'torn'}" in caplog.text
+    assert f"{last} is {'damaged' if damage.startswith('another') else 'torn'}" in caplog.text
     assert_goes_on(recipe, plugins, whole)
+
+
+def test_a_run_dir_has_room_for_one_process(make_recipe, plugins, monkeypatch):
+    """And for the next one, once that has ended."""
+    recipe = make_recipe("alignment", train={"steps": 2})
+    monkeypatch.setattr(failure, "LOCK_SECONDS", 0.2)
+    with failure.alone_in(recipe.path), pytest.raises(ValueError, match=r"another process trains in .*run"):
+        Trainer(recipe, plugins, Runtime()).run()
+    assert not (recipe.path / "metrics.jsonl").exists()
+    Trainer(recipe, plugins, Runtime()).run()
+    assert (recipe.path / "final").is_dir()
 
 
 def test_a_full_disk_is_a_clear_error_with_nothing_torn(make_recipe, plugins, whole):

@@ -6,6 +6,7 @@ import re
 import pytest
 from transformers import AutoModelForCausalLM
 
+from hovle_core.cli import main
 from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import HovleProcessor
 from hovle_train.commands import train
@@ -66,6 +67,10 @@ def test_a_stage_past_its_bound_fails_and_can_be_accepted(make_recipe, plugins, 
     assert percent > 5
     assert not is_finished(recipe.path)
     assert (recipe.path / "rejected" / "model.safetensors").is_file()
+    assert main(["runs", "show", recipe.run_dir]) == 0
+    shown = capsys.readouterr().out
+    assert "rejected" in shown
+    assert "things" in shown, "the perplexities"
 
     with pytest.raises(LanguageLost, match="perplexity on 'things'"):
         train(recipe, local=True)  # judged again, not trained again
@@ -106,6 +111,17 @@ def test_what_a_finished_run_was_not_asked_for_is_said(make_recipe, world, tmp_p
     assert "its language was not measured on these texts" in said
     assert "nothing was copied to" in said
     assert not (tmp_path / "store").exists()
+
+
+def test_texts_that_are_not_there_are_named_before_the_first_step(make_recipe, tmp_path, capsys):
+    language = {"texts": {"prose": {"path": str(tmp_path / "nope")}}}
+    recipe = make_recipe("alignment", language=language)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    for arguments in (["--dry-run"], ["--local"]):
+        assert main(["train", str(path), *arguments]) == 2
+        assert "language.texts.prose (" in capsys.readouterr().err
+    assert not recipe.path.exists()
 
 
 def test_measuring_changes_no_training(make_recipe, plugins, world, tmp_path):

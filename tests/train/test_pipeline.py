@@ -1,8 +1,10 @@
 """Pipelines: how stages find their parents, what is checked before anything runs, and a whole one run and run again."""
 
 import json
+import os
 import re
 import shutil
+import signal
 
 import pytest
 import yaml
@@ -10,7 +12,9 @@ import yaml
 from hovle_core.cli import main
 from hovle_data.schema import Sample
 from hovle_data.shards import write_shards
+from hovle_train import loop
 from hovle_train.commands import train_pipeline
+from hovle_train.failure import Stopped
 from hovle_train.lineage import parent_of
 from hovle_train.pipeline import load_pipeline
 from hovle_train.runs import RUN_CARD, is_finished, read_summary
@@ -194,6 +198,30 @@ def test_a_pipeline_runs_in_parts_and_each_stage_once(pipeline_file, plugins, tm
         run()
     run(first="alignment")
     assert stamps() == before
+
+
+def test_sigterm_behind_the_last_step_ends_the_pipeline_between_stages(
+    pipeline_file, plugins, monkeypatch, capsys
+):
+    monkeypatch.setattr("hovle_train.ray_trainer.load_plugins", lambda: plugins)
+    pipeline = load_pipeline(pipeline_file, [], plugins.registry)
+    first, second, *_ = pipeline.recipes.values()
+    export = loop.export_final
+
+    def export_and_be_asked(trainer):
+        os.kill(os.getpid(), signal.SIGTERM)
+        export(trainer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "export_final", export_and_be_asked)
+        with pytest.raises(Stopped) as stopped:
+            train_pipeline(pipeline, pipeline.recipes, plugins.registry, local=True)
+    assert stopped.value.code == 75
+    assert is_finished(first.path)
+    assert not second.path.exists()
+    chosen = pipeline.select(None, list(pipeline.recipes)[1])
+    train_pipeline(pipeline, chosen, plugins.registry, local=True)  # the same command goes on
+    assert is_finished(second.path)
 
 
 def test_data_that_changed_since_a_stage_finished_are_named(pipeline_file, plugins, tmp_path):

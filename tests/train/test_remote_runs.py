@@ -216,6 +216,15 @@ def test_a_copy_cannot_write_outside_of_the_run(make_recipe, tmp_path):
         RemoteRun(str(store)).pull_final(make_recipe("alignment"))
 
 
+def test_a_store_that_cannot_be_written_to_is_named_before_the_first_step(make_recipe, plugins, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    recipe = make_recipe("alignment", train={"storage_path": str(file)})
+    with pytest.raises(ValueError, match=r"train.storage_path '.*file' cannot be written to"):
+        Trainer(recipe, plugins, Runtime()).run()
+    assert not (recipe.path / "metrics.jsonl").exists()
+
+
 def test_a_store_that_fsspec_does_not_know_is_refused():
     with pytest.raises(ValueError, match="train.storage_path 'nowhere://x'"):
         RemoteRun("nowhere://x")

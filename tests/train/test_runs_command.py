@@ -9,6 +9,7 @@ from PIL import Image
 
 from hovle_core.cli import main
 from hovle_train.loop import Trainer
+from hovle_train.run_table import find_runs
 from hovle_train.runs import read_summary
 from hovle_train.runtime import Runtime
 
@@ -73,6 +74,18 @@ def test_what_is_no_run_is_said(tmp_path, capsys):
     ):
         assert main(["runs", *command]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_one_damaged_run_hides_no_other(two_runs, tmp_path, capsys):
+    for name, content in (("empty", ""), ("torn", "stage: {name: al"), ("other", "[1, 2]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text(content)
+    assert main(["runs", "list", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("is damaged") == 3
+    assert shown.count("finished") == 1
+    assert "step 3 of" in shown
+    assert len(find_runs(tmp_path)) == 5
 
 
 def test_a_run_that_logged_nothing_has_no_curves(make_recipe, tmp_path, capsys):

@@ -25,6 +25,7 @@ from hovle_train.sharded import share_like, whole
 logger = logging.getLogger(__name__)
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+DIGEST = "digest"  # of all else in STATE
 
 
 Tensors = dict[str, dict[str, torch.Tensor]]
@@ -61,6 +62,7 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], keep:
         sizes = {name: (temporary / name).stat().st_size for name in tensors}
         hashes = {name: file_hash(temporary / name) for name in tensors}
         content = {"step": step, "sizes": sizes, "sha256": hashes, **state}
+        content[DIGEST] = _digest(content)
         (temporary / STATE).write_text(json.dumps(content, indent=1))
         sync_folder(temporary)
     except BaseException:  # a full disk: give back what was taken
@@ -87,11 +89,21 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _digest(state: Mapping[str, Any]) -> str:
+    """SHA-256 of what a state says, however it is laid out as JSON."""
+    content = json.loads(json.dumps({name: value for name, value in state.items() if name != DIGEST}))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint whose files are byte for byte what was written; others are passed over with a warning."""
     for path in reversed(complete_checkpoints(folder)):
-        hashes = read_state(path).get("sha256", {})  # checkpoints of older releases have none
-        if changed := [name for name, digest in hashes.items() if file_hash(path / name) != digest]:
+        state = read_state(path)
+        hashes = state.get("sha256", {})  # checkpoints of older releases have none, nor a digest
+        changed = [name for name, digest in hashes.items() if file_hash(path / name) != digest]
+        if state.get(DIGEST) not in (None, _digest(state)):
+            changed.append(STATE)
+        if changed:
             logger.warning("checkpoint %s is damaged (%s): using the one before it", path, ", ".join(changed))
             continue
         return path

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-from hovle_train.runs import CHECKPOINTS, PIPELINE_FILE, Run, is_finished, read_summary
+from hovle_train.runs import CHECKPOINTS, PIPELINE_FILE, Run, is_finished, read_summary, write_text
 
 if TYPE_CHECKING:  # `hovle --help` builds the parsers: what is heavy is imported when a command runs
     from rich.console import Console
@@ -45,7 +46,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    from hovle_train.lineage import check_run
+    from hovle_train.lineage import check_run, check_texts
     from hovle_train.observers import Observers
     from hovle_train.pipeline import Pipeline
     from hovle_train.ray_trainer import check_local
@@ -61,8 +62,10 @@ def run_train(args: argparse.Namespace) -> int:
         Observers(plugins, Run(recipe.path, recipe.stage.name, recipe.model_dump(mode="json")))
         if recipe.train.storage_path:
             RemoteRun(recipe.train.storage_path)
-        if args.local and not args.print_config and not is_finished(recipe.path):
-            check_local(recipe)
+        if not args.print_config and not is_finished(recipe.path):
+            check_texts(recipe, plugins.registry)
+            if args.local:
+                check_local(recipe)
     if args.print_config:
         print(job.to_yaml(), end="")
     elif isinstance(job, Pipeline):
@@ -108,23 +111,33 @@ def train_pipeline(
 ) -> None:
     """Run the selected stages of a pipeline in order, each as `train` does, inside `phase(label)`.
 
-    A finished stage is not run again. Raises ValueError before the first one runs for what could not go on.
+    A finished stage is not run again. Raises ValueError before the first one runs for what could not go on, and
+    Stopped, as `train` does, also between two stages.
     """
+    from hovle_train.failure import Stopped
+
+    asked = threading.Event()
     pipeline.check(recipes, registry)
     pipeline.run_dir.mkdir(parents=True, exist_ok=True)
-    (pipeline.run_dir / PIPELINE_FILE).write_text(pipeline.to_yaml())
+    write_text(pipeline.run_dir / PIPELINE_FILE, pipeline.to_yaml())
     for label, recipe in recipes.items():
+        if asked.is_set():  # behind the last step of the stage before
+            raise Stopped(pipeline.run_dir)
         with phase(label):
-            train(recipe, local=local, console=console, label=label)
+            train(recipe, local=local, console=console, label=label, asked=asked)
 
 
 def train(
-    recipe: Recipe, local: bool = False, console: Console | None = None, label: str | None = None
+    recipe: Recipe,
+    local: bool = False,
+    console: Console | None = None,
+    label: str | None = None,
+    asked: threading.Event | None = None,
 ) -> None:
     """Run a recipe to its end with a progress bar, resuming what is there; says so if it is finished already.
 
-    `label`: what to call it, else its stage's kind. Raises Stopped, which ends the process with code 75, if SIGTERM
-    stopped the run behind a checkpoint, and LanguageLost for one past its bounds.
+    `label`: what to call it, else its stage's kind. `asked`: set by SIGTERM. Raises Stopped, which ends the process
+    with code 75, if that stopped the run behind a checkpoint, and LanguageLost for one past its bounds.
     """
     import torch
     from rich.console import Console
@@ -150,7 +163,7 @@ def train(
         console.print("[yellow]warning:[/] this CPU has no fast bfloat16: training runs in float32")
     try:
         with follow(recipe.path, label, recipe.train.steps, console):
-            (run_local if local else run_on_ray)(recipe)
+            (run_local if local else run_on_ray)(recipe, asked)
     except Stopped as stopped:
         console.print(f"{label}: {stopped}", highlight=False, soft_wrap=True)
         raise

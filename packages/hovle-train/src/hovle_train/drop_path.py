@@ -22,7 +22,7 @@ def drop_rate(config: DropPathConfig, step: int, steps: int, block: int, num_blo
     rate = config.rate
     if config.start_rate is not None:
         rate = config.start_rate + (config.rate - config.start_rate) * step / max(1, steps - 1)
-    return rate * block / max(1, num_blocks - 1) if config.depth == "linear" else rate
+    return rate * block / (num_blocks - 1) if config.depth == "linear" and num_blocks > 1 else rate
 
 
 class DropPath:

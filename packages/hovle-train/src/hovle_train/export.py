@@ -20,7 +20,16 @@ from hovle_train.checkpoint import sync_folder
 from hovle_train.failure import NonFiniteError
 from hovle_train.lineage import parent_of, weights_hash
 from hovle_train.metrics import read_metrics
-from hovle_train.runs import CHECKPOINTS, FINAL, FINAL_EMA, METRICS_FILE, REJECTED, RUN_CARD, SUMMARY_FILE
+from hovle_train.runs import (
+    CHECKPOINTS,
+    FINAL,
+    FINAL_EMA,
+    METRICS_FILE,
+    REJECTED,
+    RUN_CARD,
+    SUMMARY_FILE,
+    write_text,
+)
 from hovle_train.wrappers import unwrap_model
 
 if TYPE_CHECKING:
@@ -154,6 +163,4 @@ def _write(trainer: "Trainer", module: nn.Module, folder: Path) -> dict[str, Any
 
 def write_json(path: Path, content: Any) -> None:
     """Atomically replace a JSON file."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, indent=1))

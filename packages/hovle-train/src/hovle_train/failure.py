@@ -28,6 +28,7 @@ EXIT_STOPPED = 75
 STOP_FILE = "stop"
 STACKS = "hung"
 NON_FINITE_FILE = "nonfinite.json"
+LOCK_FILE, LOCK_SECONDS = ".lock", 30.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -51,26 +52,26 @@ class DiskFull(ValueError):
 
 
 @contextmanager
-def stop_on_sigterm(run_dir: Path) -> Iterator[threading.Event]:
-    """Within: SIGTERM asks the run in `run_dir` to stop behind its next step, and sets the event.
+def stop_on_sigterm(run_dir: Path, asked: threading.Event) -> Iterator[None]:
+    """Within: SIGTERM asks the run in `run_dir` to stop behind its next step, and sets `asked`.
 
     The request is a file, since a run's folder is what all its workers share; one of an earlier start is dropped.
     Does nothing outside of the main thread, where Python takes no signals.
     """
-    asked, request = threading.Event(), run_dir / STOP_FILE
+    request = run_dir / STOP_FILE
 
     def ask(number: int, frame: FrameType | None) -> None:
         request.touch()
         asked.set()
 
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield
         return
     run_dir.mkdir(parents=True, exist_ok=True)
     request.unlink(missing_ok=True)
     before = signal.signal(signal.SIGTERM, ask)
     try:
-        yield asked
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
         request.unlink(missing_ok=True)
@@ -78,6 +79,52 @@ def stop_on_sigterm(run_dir: Path) -> Iterator[threading.Event]:
 
 def asked_to_stop(run_dir: Path) -> bool:
     return (run_dir / STOP_FILE).exists()
+
+
+@contextmanager
+def alone_in(run_dir: Path) -> Iterator[None]:
+    """Within: no other process of this kind trains in `run_dir`, which the operating system sees to: a lock ends with
+    its process. Waits for a worker that is about to end, since its `hovle train` was killed.
+
+    Raises ValueError for one that goes on. A file system without locks is taken as it is, and so is Windows.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path, deadline = run_dir / LOCK_FILE, time.monotonic() + LOCK_SECONDS
+    while True:
+        file = path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"another process trains in {run_dir}: wait for it, or choose another run_dir"
+                ) from None
+            time.sleep(0.5)
+            continue
+        except OSError:  # ENOTSUP, ENOLCK: some network file systems
+            break
+        if _is_at(path, file.fileno()):
+            break
+        file.close()  # whoever had it removed it
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one at `path`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

@@ -126,6 +126,15 @@ def open_source(source: Source, registry: Registry) -> Any:
     return registry.build("dataset", source.name, path=source.path, **source.options)
 
 
+def check_texts(recipe: Recipe, registry: Registry) -> None:
+    """Raise ValueError naming a text of the language gate that cannot be opened: it is needed behind the last step."""
+    for name, source in (recipe.language.texts if recipe.language else {}).items():
+        try:
+            open_source(source, registry)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"language.texts.{name} ({source.path}): {error}") from error
+
+
 def data_manifest(recipe: Recipe, open: Callable[[Source], Any]) -> DataManifest:
     """What each source holds: its path, samples, and where it tells of them, shards and their SHA-256.
 

@@ -7,6 +7,7 @@ rates of the step; so a run that was killed continues with the very numbers of o
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +27,15 @@ from hovle_train.build import find_hovle
 from hovle_train.config import Recipe
 from hovle_train.drop_path import DropPath
 from hovle_train.export import export_final
-from hovle_train.failure import STACKS, Stopped, Watchdog, asked_to_stop, check_finite, clear_disk_errors
+from hovle_train.failure import (
+    STACKS,
+    Stopped,
+    Watchdog,
+    alone_in,
+    asked_to_stop,
+    check_finite,
+    clear_disk_errors,
+)
 from hovle_train.fill import Fill
 from hovle_train.freeze import freeze_except, set_train_mode
 from hovle_train.language_gate import LanguageGate
@@ -53,6 +62,7 @@ from hovle_train.runs import (
     Run,
     is_finished,
     remove_leftovers,
+    write_text,
 )
 from hovle_train.runtime import Runtime
 from hovle_train.sharded import whole
@@ -101,6 +111,10 @@ class Trainer:
             self._run()
 
     def _run(self) -> None:
+        with alone_in(self.recipe.path) if self.runtime.is_main else nullcontext():
+            self._run_alone()
+
+    def _run_alone(self) -> None:
         if self.runtime.is_main:
             remove_leftovers(self.recipe.path)
             if self.remote is not None:
@@ -111,6 +125,8 @@ class Trainer:
             if self.remote is not None and self.runtime.is_main:
                 self.remote.push_final(self.recipe.path)  # unless it got there already
             return
+        if self.remote is not None and self.runtime.is_main:
+            self.remote.check()
         self.started = time.perf_counter()
         self.prepare()
         self.runtime.barrier()  # rank 0 had more to do; the others' watchdogs start behind it
@@ -161,7 +177,7 @@ class Trainer:
         """Build, freeze, make optimizers and whatever the stage needs; write the resolved recipe down."""
         if self.runtime.is_main:
             self.recipe.path.mkdir(parents=True, exist_ok=True)
-            (self.recipe.path / RECIPE_FILE).write_text(self.recipe.to_yaml())
+            write_text(self.recipe.path / RECIPE_FILE, self.recipe.to_yaml())
             # Before it is read: a parent that changes meanwhile is then noticed.
             parent = parent_of(self.recipe)
             self.parent_weights = checked_hash(parent)

@@ -43,7 +43,7 @@ def read_recipe(
 
 def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Set `a.b.0.c=value` in a nested mapping; a number indexes a list. Raises ValueError for a malformed override."""
-    raw = json.loads(json.dumps(raw))
+    raw = json.loads(json.dumps(raw, default=str))  # YAML's dates are text here
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:

@@ -16,6 +16,7 @@ from hovle_train.runs import (
     METRICS_FILE,
     PIPELINE_FILE,
     RECIPE_FILE,
+    REJECTED,
     RUN_CARD,
     is_finished,
 )
@@ -32,16 +33,24 @@ class RunInfo:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        recipe: dict[str, Any] = yaml.safe_load((self.path / RECIPE_FILE).read_text())
-        return recipe
+        """{} for one that cannot be read."""
+        try:
+            recipe = yaml.safe_load((self.path / RECIPE_FILE).read_text())
+        except (OSError, ValueError, yaml.YAMLError):
+            return {}
+        return recipe if isinstance(recipe, dict) and {"stage", "train"} <= recipe.keys() else {}
 
     @cached_property
     def card(self) -> dict[str, Any]:
         """What was written into the finished checkpoint, or into the newest one of a run under way; {} before it."""
         states = sorted((self.path / CHECKPOINTS).glob("step-*/state.json"))
-        path = self.path / FINAL / RUN_CARD if is_finished(self.path) else (states[-1] if states else None)
+        ended = next((self.path / name / RUN_CARD for name in (FINAL, REJECTED) if self._ended(name)), None)
+        path = ended or (states[-1] if states else None)
         card: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.is_file() else {}
         return card
+
+    def _ended(self, name: str) -> bool:
+        return is_finished(self.path) if name == FINAL else (self.path / name / RUN_CARD).is_file()
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -49,7 +58,7 @@ class RunInfo:
 
     @property
     def stage(self) -> str:
-        return str(self.recipe["stage"]["name"])
+        return str(self.recipe["stage"]["name"]) if self.recipe else "?"
 
     @property
     def state(self) -> str:
@@ -57,6 +66,10 @@ class RunInfo:
             return "not started"
         if is_finished(self.path):
             return "finished"
+        if not self.recipe:
+            return f"{RECIPE_FILE} is damaged"
+        if self._ended(REJECTED):
+            return "rejected"
         done = self.metrics[-1]["step"] + 1 if self.metrics else 0
         return f"step {done:,} of {self.recipe['train']['steps']:,}"
 

@@ -1,6 +1,7 @@
 """The folder of a run: what lies where in it."""
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = [
     "read_summary",
     "remove_leftovers",
     "resolve_checkpoint",
+    "write_text",
 ]
 
 CHECKPOINTS = "checkpoints"
@@ -58,6 +60,13 @@ class Run:
 def read_summary(run_dir: str | Path) -> dict[str, Any]:
     """What a finished run wrote down about itself. Raises FileNotFoundError where it has not finished."""
     return json.loads((Path(run_dir) / SUMMARY_FILE).read_text())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically replace a file."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def remove_leftovers(run_dir: Path) -> None:

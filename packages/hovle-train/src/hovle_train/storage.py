@@ -52,6 +52,18 @@ class RemoteRun:
         self.url = url
         self.root: str = root.rstrip("/")
 
+    def check(self) -> None:
+        """Raise ValueError naming the setting where nothing can be written: before the first step, not behind it."""
+        probe = f"{self.root}/.hovle-can-write"
+        try:
+            self._fs.makedirs(self.root, exist_ok=True)
+            self._fs.pipe_file(probe, b"")
+            self._fs.rm(probe)
+        except Exception as error:  # every file system has its own
+            raise ValueError(
+                f"train.storage_path {self.url!r} cannot be written to: {type(error).__name__}: {error}"
+            ) from error
+
     def push(self, path: Path, run_dir: Path, keep: int) -> None:
         """Copy a checkpoint, and metrics and bad samples so far; then drop all but the newest `keep`."""
         target = f"{self.root}/{CHECKPOINTS}/{path.name}"
@@ -150,7 +162,7 @@ class RemoteRun:
         """SHA-256 by file of the finished run there; empty without a whole one."""
         try:
             hashes = dict(json.loads(self._fs.cat_file(f"{self.root}/{COPIED}")))
-        except (FileNotFoundError, TypeError, ValueError):  # not there, or cut short
+        except (FileNotFoundError, NotADirectoryError, TypeError, ValueError):  # not there, or cut short
             return {}
         if outside := [name for name in hashes if name.startswith("/") or ".." in name.split("/")]:
             raise ValueError(
