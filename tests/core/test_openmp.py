@@ -40,7 +40,8 @@ def test_a_passing_thread_takes_its_helpers_along():
 
 def test_ctrl_c_does_not_wait_for_a_passing_thread():
     code = (
-        "import time; from hovle_core.openmp import in_passing_thread\n"
+        "import signal, time; from hovle_core.openmp import in_passing_thread\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "in_passing_thread(lambda: (print('works', flush=True), time.sleep(600)))"
     )
     with subprocess.Popen(

@@ -15,6 +15,7 @@ GONE = "plugin 'gone' was gone 1.0 when the checkpoint was written and is not lo
 def age(path) -> None:
     content = json.loads(path.read_text())
     content["plugins"] |= {"train": "hovle-train 0.0.1", "gone": "gone 1.0"}
+    content.pop("digest", None)  # as an older release left it
     path.write_text(json.dumps(content))
 
 
