@@ -28,7 +28,7 @@ EXIT_STOPPED = 75
 STOP_FILE = "stop"
 STACKS = "hung"
 NON_FINITE_FILE = "nonfinite.json"
-LOCK_FILE, LOCK_SECONDS = ".lock", 30.0
+LOCK_FILE, LOCK_SECONDS = ".lock", 60.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
