@@ -117,13 +117,18 @@ def test_device_map_auto_fits_any_budget(folder, tmp_path):
         assert not any(name.startswith("embedding.patch_embed.") for name in split.hf_device_map), size
 
 
-def test_an_adapters_folder_is_its_base_and_the_adapter(processor, inputs, tmp_path):
-    tiny_hovle(processor.tokenizer).save_pretrained(tmp_path / "ours")
-    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "released"), "--to", "released"]) == 0
+def adapted_bases(processor, folder):
+    """(name, model, the model with a LoRA that changes it) of a base in each format, saved in `folder / name`."""
+    tiny_hovle(processor.tokenizer).save_pretrained(folder / "ours")
+    assert main(["convert", str(folder / "ours"), str(folder / "released"), "--to", "released"]) == 0
     for base in ("ours", "released"):
-        model = HovleForConditionalGeneration.from_pretrained(tmp_path / base)
+        model = HovleForConditionalGeneration.from_pretrained(folder / base)
         lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
-        adapted = get_peft_model(model, lora).eval()
+        yield base, model, get_peft_model(model, lora).eval()
+
+
+def test_an_adapters_folder_is_its_base_and_the_adapter(processor, inputs, tmp_path):
+    for base, _, adapted in adapted_bases(processor, tmp_path):
         adapted.save_pretrained(tmp_path / f"adapter-{base}")
         again, info = HovleForConditionalGeneration.from_pretrained(
             tmp_path / f"adapter-{base}", output_loading_info=True
@@ -142,12 +147,7 @@ def test_an_adapters_folder_is_its_base_and_the_adapter(processor, inputs, tmp_p
 
 def test_an_adapter_beside_its_model_is_on_it(processor, inputs, tmp_path):
     """In both formats: a folder that holds a model and an adapter is both."""
-    tiny_hovle(processor.tokenizer).save_pretrained(tmp_path / "ours")
-    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "released"), "--to", "released"]) == 0
-    for base in ("ours", "released"):
-        model = HovleForConditionalGeneration.from_pretrained(tmp_path / base)
-        lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
-        adapted = get_peft_model(model, lora).eval()
+    for base, model, adapted in adapted_bases(processor, tmp_path):
         adapted.save_pretrained(tmp_path / base)
         again, info = HovleForConditionalGeneration.from_pretrained(
             tmp_path / base, adapter_name="mine", output_loading_info=True

@@ -54,11 +54,15 @@ def curve(recipe, name="loss"):
 
 def test_a_cluster_s_processes_are_left_alone():
     """Whoever calls it has no raylet of its own for a parent."""
-    subprocess = psutil.Popen(["sleep", "60"])
+    onlooker = "/ray/_private/log_monitor.py"
+    subprocess = psutil.Popen(["bash", "-c", f"exec -a {onlooker} sleep 60"])
     try:
+        deadline = time.monotonic() + 20
+        while subprocess.cmdline()[0] != onlooker and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert own_ray() == [subprocess.pid]
         have_ray_wait([subprocess.pid])
         assert os.sched_getscheduler(subprocess.pid) == os.SCHED_OTHER
-        assert own_ray() == []
     finally:
         subprocess.kill()
         subprocess.wait()

@@ -31,9 +31,9 @@ def local_folder(name: str | Path, weights: bool, may_be_adapter: bool = False, 
     Raises FileNotFoundError saying what to do: no such folder, unknown or gated repository, unknown revision, nothing
     in the cache while offline, no such subfolder.
     """
-    subfolder = hub.pop("subfolder", None) or ""
     from hovle_core.loading import is_adapter  # imports transformers
 
+    subfolder = hub.pop("subfolder", None) or ""
     folder = Path(name) if Path(name).is_dir() else _snapshot(str(name), weights, subfolder, hub)
     folder /= subfolder
     if not folder.is_dir():

@@ -45,9 +45,8 @@ def check_adapter(folder: Path) -> None:
 def add_adapter(model: "PreTrainedModel", folder: Path, adapter_name: str | None = None) -> dict[str, Any]:
     """Load the adapter in `folder` into `model`; returns transformers' report on it.
 
-    Raises ValueError for one that is damaged or made for another model, and as `check_adapter` does.
+    `check_adapter` has passed it. Raises ValueError for one that is damaged or made for another model.
     """
-    check_adapter(folder)
     try:
         info = model.load_adapter(str(folder), adapter_name=adapter_name).to_dict()
     except (RuntimeError, SafetensorError) as error:  # transformers', of another shape; and a damaged file's

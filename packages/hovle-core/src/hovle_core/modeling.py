@@ -156,9 +156,8 @@ class HovleForConditionalGeneration(PreTrainedModel, HovleGenerationMixin):
             config = config or own_config
             if kwargs.get("generation_config") is None:
                 kwargs["generation_config"] = generation_from_released(folder, config)
-        elif (
-            folder / ADAPTER_CONFIG
-        ).is_file():  # transformers would load it, too, and report on nothing else
+        elif (folder / ADAPTER_CONFIG).is_file():
+            # From the folder transformers would load the adapter, too, and report on nothing else.
             with TensorFiles(folder) as tensors:
                 kwargs["state_dict"] = {tensor: tensors[tensor] for tensor in tensors.shapes}
             config = config or HovleConfig.from_pretrained(folder)

@@ -142,13 +142,14 @@ def _list(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from hovle_core.convert import check_destination, convert, plan
     from hovle_core.hub import local_folder
+    from hovle_core.loading import ADAPTER_CONFIG
     from hovle_core.runs import latest_checkpoint
 
     source = local_folder(latest_checkpoint(args.source), weights=True, revision=args.revision)
-    if (source / "adapter_config.json").is_file():
+    if (source / ADAPTER_CONFIG).is_file():
         raise ValueError(
             f"{source} holds an adapter beside its model, and a conversion has no place for it: merge it (peft's "
-            "merge_and_unload) and save that, or convert a copy without adapter_config.json"
+            f"merge_and_unload) and save that, or convert a copy without {ADAPTER_CONFIG}"
         )
     destination = Path(args.destination)
     check_destination(source, destination, args.force)

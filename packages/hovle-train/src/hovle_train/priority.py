@@ -1,7 +1,7 @@
 """Whose turn it is on this machine's cores: what of Ray only looks on waits for what trains.
 
-A step that computes on all cores waits for the one that was interrupted last, and Ray's processes, while they have
-nothing to do, wake up some 700 times a second: a tenth of a step on two cores (benchmarks/train_loop.py).
+A step that computes on all cores waits for the one that was interrupted last, and Ray's processes keep waking up while
+they have nothing to do (benchmarks/train_loop.py).
 """
 
 import os
@@ -43,7 +43,9 @@ def have_ray_wait(own: Sequence[int]) -> None:
     raylet = os.getppid()
     if raylet not in own or not hasattr(os, "SCHED_IDLE"):
         return
-    for pid in (*own, *(child.pid for child in psutil.Process(raylet).children())):
+    with suppress(psutil.Error):  # the raylet ends: so does this worker
+        own = [*own, *(child.pid for child in psutil.Process(raylet).children())]
+    for pid in own:
         # Processes end meanwhile; and where a sandbox forbids it, a step is only slower.
         with suppress(psutil.Error, OSError):
             process = psutil.Process(pid)

@@ -44,13 +44,16 @@ class RunInfo:
     def card(self) -> dict[str, Any]:
         """What was written into the finished checkpoint, or into the newest one of a run under way; {} before it."""
         states = sorted((self.path / CHECKPOINTS).glob("step-*/state.json"))
-        ended = next((self.path / name / RUN_CARD for name in (FINAL, REJECTED) if self._ended(name)), None)
-        path = ended or (states[-1] if states else None)
+        path = states[-1] if states else None
+        if is_finished(self.path) or self.is_rejected:
+            path = self.path / (FINAL if is_finished(self.path) else REJECTED) / RUN_CARD
         card: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.is_file() else {}
         return card
 
-    def _ended(self, name: str) -> bool:
-        return is_finished(self.path) if name == FINAL else (self.path / name / RUN_CARD).is_file()
+    @property
+    def is_rejected(self) -> bool:
+        """Whether the language gate keeps its checkpoint from being the finished one."""
+        return (self.path / REJECTED / RUN_CARD).is_file()
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -68,7 +71,7 @@ class RunInfo:
             return "finished"
         if not self.recipe:
             return f"{RECIPE_FILE} is damaged"
-        if self._ended(REJECTED):
+        if self.is_rejected:
             return "rejected"
         done = self.metrics[-1]["step"] + 1 if self.metrics else 0
         return f"step {done:,} of {self.recipe['train']['steps']:,}"
