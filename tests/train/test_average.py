@@ -44,13 +44,13 @@ def test_a_resumed_average_is_that_of_an_uninterrupted_run(
 ):
     """And both are what is written down step by step, outside of the loop."""
     whole = Trainer(averaged_recipe(make_recipe, tmp_path / "whole", precision), plugins, Runtime())
-    history, original = [], whole.log
+    history, original = [], whole.save
 
     def note(step, *args):
         history.append({name: p.detach().clone() for name, p in whole.weights.masters.items()})
         original(step, *args)
 
-    whole.log = note
+    whole.save = note
     whole.run()
     broken = averaged_recipe(make_recipe, tmp_path / "broken", precision)
     trainer = Trainer(broken, plugins, Runtime())

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from hovle_core.cli import main
-from hovle_train import checkpoint, failure
+from hovle_train import checkpoint, failure, lock
 from hovle_train.failure import DiskFull, NonFiniteError, place_of
 from hovle_train.loop import Trainer
 from hovle_train.metrics import read_metrics
@@ -123,8 +123,8 @@ def test_the_checkpoint_before_a_damaged_one_is_used(make_recipe, plugins, whole
 def test_a_run_dir_has_room_for_one_process(make_recipe, plugins, monkeypatch):
     """And for the next one, once that has ended."""
     recipe = make_recipe("alignment", train={"steps": 2})
-    monkeypatch.setattr(failure, "LOCK_SECONDS", 0.2)
-    with failure.alone_in(recipe.path), pytest.raises(ValueError, match=r"another process trains in .*run"):
+    monkeypatch.setattr(lock, "LOCK_SECONDS", 0.2)
+    with lock.alone_in(recipe.path), pytest.raises(ValueError, match=r"another process trains in .*run"):
         Trainer(recipe, plugins, Runtime()).run()
     assert not (recipe.path / "metrics.jsonl").exists()
     Trainer(recipe, plugins, Runtime()).run()

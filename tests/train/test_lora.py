@@ -7,6 +7,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from hovle_core import HovleForConditionalGeneration
+from hovle_core.cli import main
 from hovle_data.quarantine import Ledger
 from hovle_train.build import build_hovle
 from hovle_train.loop import Trainer
@@ -146,3 +147,10 @@ def test_settings_are_checked(make_recipe, plugins, wrappers, message):
     recipe.model.wrappers = wrappers
     with pytest.raises(ValueError, match=message):
         Trainer(recipe, plugins, Runtime()).prepare()
+
+
+def test_a_wrapper_that_is_not_there_is_an_error_of_the_resolved_recipe(make_recipe, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(make_recipe("instruction_tuning", model={"wrappers": {"lorra": {}}}).to_yaml())
+    assert main(["train", str(path), "--print-config"]) == 2
+    assert "did you mean 'lora'" in capsys.readouterr().err

@@ -3,11 +3,13 @@
 import io
 import json
 import re
+import shutil
 
 import pytest
 from PIL import Image
 
 from hovle_core.cli import main
+from hovle_train.lock import alone_in
 from hovle_train.loop import Trainer
 from hovle_train.run_table import find_runs
 from hovle_train.runs import read_summary
@@ -37,7 +39,7 @@ def test_runs_tell_of_themselves(two_runs, tmp_path, capsys):
     (second,) = [line for line in lines if "/second" in line]
     assert "finished" in first
     assert f"{read_summary(parent.path)['tokens']:,}" in first
-    assert "step 3 of 6" in second
+    assert "stopped at step 3 of 6" in second
 
     assert main(["runs", "show", str(child.path)]) == 0
     shown = capsys.readouterr().out
@@ -48,6 +50,31 @@ def test_runs_tell_of_themselves(two_runs, tmp_path, capsys):
     assert weights["commit"] == "abc123"
     assert main(["runs", "show", str(parent.path)]) == 0
     assert "abc123" in capsys.readouterr().out
+
+
+def test_running_stopped_and_failed_runs_are_told_apart(two_runs, make_recipe, tmp_path, capsys):
+    _, child = two_runs
+
+    def shown(command: str, run_dir: str) -> str:
+        capsys.readouterr()
+        assert main(["runs", command, run_dir]) == 0
+        return capsys.readouterr().out
+
+    with alone_in(child.path):
+        assert "running, step 3 of 6" in shown("list", child.run_dir)
+    assert "stopped at step 3 of 6" in shown("list", child.run_dir)
+
+    wild = make_recipe("alignment", run_dir=str(tmp_path / "wild"), optim={"lr": 1e30, "grad_clip": None})
+    path = tmp_path / "wild.yaml"
+    path.write_text(wild.to_yaml())
+    assert main(["train", str(path), "--local"]) == 2
+    assert re.search(r"failed at step \d of 6", shown("list", wild.run_dir))
+    assert re.search(r"error +│ step \d: loss or gradient is not finite", shown("show", wild.run_dir))
+    # Whoever starts it again has another chance.
+    shutil.rmtree(wild.path / "checkpoints", ignore_errors=True)
+    assert main(["train", str(path), "--local", "--set", "optim.lr=1e-3"]) == 0
+    assert "finished" in (again := shown("show", wild.run_dir))
+    assert "not finite" not in again
 
 
 def test_curves_are_a_picture_and_a_page_that_loads_nothing(two_runs, tmp_path, capsys):

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import argparse
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hovle_train.runs import CHECKPOINTS, PIPELINE_FILE, Run, is_finished, read_summary, write_text
+from hovle_train.runs import (
+    CHECKPOINTS,
+    FAILED_FILE,
+    PIPELINE_FILE,
+    Run,
+    is_finished,
+    read_summary,
+    write_text,
+)
 
 if TYPE_CHECKING:  # `hovle --help` builds the parsers: what is heavy is imported when a command runs
     from rich.console import Console
@@ -52,6 +61,7 @@ def run_train(args: argparse.Namespace) -> int:
     from hovle_train.ray_trainer import check_local
     from hovle_train.stages.base import make_stage
     from hovle_train.storage import RemoteRun
+    from hovle_train.wrappers import check_wrappers
 
     plugins: HovlePlugins = args.plugins
     job = load(args, plugins.registry)
@@ -60,6 +70,7 @@ def run_train(args: argparse.Namespace) -> int:
         # A stage's options, and what it does not read, are errors here already.
         make_stage(recipe, plugins.registry)
         Observers(plugins, Run(recipe.path, recipe.stage.name, recipe.model_dump(mode="json")))
+        check_wrappers(plugins, recipe.model.wrappers)
         if recipe.train.storage_path:
             RemoteRun(recipe.train.storage_path)
         if not args.print_config and not is_finished(recipe.path):
@@ -158,11 +169,11 @@ def train(
         check_finished(recipe)
         console.print(f"{label}: {finished_already(recipe)}", highlight=False, soft_wrap=True)
         return
-    device = torch.device("cuda" if recipe.resources.use_gpu else "cpu")
-    if recipe.train.precision == "auto" and not recipe.resources.use_gpu and not has_fast_bfloat16(device):
+    slow = not recipe.resources.use_gpu and not has_fast_bfloat16(torch.device("cpu"))
+    if recipe.train.precision == "auto" and slow and not local:  # in this process the loop says so itself
         console.print("[yellow]warning:[/] this CPU has no fast bfloat16: training runs in float32")
     try:
-        with follow(recipe.path, label, recipe.train.steps, console):
+        with noting_failure(recipe.path), follow(recipe.path, label, recipe.train.steps, console):
             (run_local if local else run_on_ray)(recipe, asked)
     except Stopped as stopped:
         console.print(f"{label}: {stopped}", highlight=False, soft_wrap=True)
@@ -177,6 +188,18 @@ def train(
             highlight=False,
             soft_wrap=True,
         )
+
+
+@contextmanager
+def noting_failure(run_dir: Path) -> Iterator[None]:
+    """Leave in a run's folder what made its newest start fail, for `hovle runs`."""
+    (run_dir / FAILED_FILE).unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        with suppress(OSError):  # a full disk, or no folder yet: what failed is what matters
+            write_text(run_dir / FAILED_FILE, str(error))
+        raise
 
 
 def finished_already(recipe: Recipe) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 from hovle_train.average import write_averages
 from hovle_train.checkpoint import sync_folder
 from hovle_train.failure import NonFiniteError
-from hovle_train.lineage import parent_of, weights_hash
+from hovle_train.lineage import weights_hash
 from hovle_train.metrics import read_metrics
 from hovle_train.runs import (
     CHECKPOINTS,
@@ -63,18 +63,11 @@ def summary(trainer: "Trainer") -> dict[str, Any]:
         "stage": recipe.stage.name,
         "steps": recipe.train.steps,
         "metrics": metrics[-1] if metrics else {},
-        "seconds": round(trainer.seconds + time.perf_counter() - trainer.started, 1),
-        "tokens": trainer.tokens,
         "peak_rss_gib": round(peak_rss_gib(), 3),
         "precision": str(trainer.dtype).removeprefix("torch."),
         "num_workers": trainer.runtime.world_size,
-        "commit": trainer.commit,
-        "plugins": trainer.plugins.versions,
-        "parent": parent_of(recipe),
-        "parent_weights": trainer.parent_weights,
-        "data_manifest": trainer.data_manifest,
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "recipe": trainer.run_info.recipe,
+        **trainer.record.to_dict(),
     }
 
 

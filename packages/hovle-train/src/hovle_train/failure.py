@@ -28,7 +28,6 @@ EXIT_STOPPED = 75
 STOP_FILE = "stop"
 STACKS = "hung"
 NON_FINITE_FILE = "nonfinite.json"
-LOCK_FILE, LOCK_SECONDS = ".lock", 60.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -79,52 +78,6 @@ def stop_on_sigterm(run_dir: Path, asked: threading.Event) -> Iterator[None]:
 
 def asked_to_stop(run_dir: Path) -> bool:
     return (run_dir / STOP_FILE).exists()
-
-
-@contextmanager
-def alone_in(run_dir: Path) -> Iterator[None]:
-    """Within: no other process of this kind trains in `run_dir`, which the operating system sees to: a lock ends with
-    its process. Waits for a worker that is about to end, since its `hovle train` was killed.
-
-    Raises ValueError for one that goes on. A file system without locks is taken as it is, and so is Windows.
-    """
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path, deadline = run_dir / LOCK_FILE, time.monotonic() + LOCK_SECONDS
-    while True:
-        file = path.open("a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"another process trains in {run_dir}: wait for it, or choose another run_dir"
-                ) from None
-            time.sleep(0.5)
-            continue
-        except OSError:  # ENOTSUP, ENOLCK: some network file systems
-            break
-        if _is_at(path, file.fileno()):
-            break
-        file.close()  # whoever had it removed it
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file is still the one at `path`."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 @contextmanager

@@ -7,7 +7,7 @@ rates of the step; so a run that was killed continues with the very numbers of o
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -31,29 +31,19 @@ from hovle_train.failure import (
     STACKS,
     Stopped,
     Watchdog,
-    alone_in,
     asked_to_stop,
     check_finite,
     clear_disk_errors,
 )
-from hovle_train.fill import Fill
 from hovle_train.freeze import freeze_except, set_train_mode
 from hovle_train.language_gate import LanguageGate
-from hovle_train.lineage import (
-    DataManifest,
-    check_data,
-    check_finished,
-    check_parent,
-    check_same,
-    checked_hash,
-    data_manifest,
-    parent_of,
-    plugins_of,
-)
-from hovle_train.metrics import MetricsWriter, Window, truncate_metrics
+from hovle_train.lineage import check_finished
+from hovle_train.lock import alone_in
+from hovle_train.metrics import truncate_metrics
 from hovle_train.observers import Observers
 from hovle_train.optim import build_optimizers, lr_share, set_lr
 from hovle_train.parallel import Parallel, make_parallel
+from hovle_train.record import Record
 from hovle_train.runs import (
     CHECKPOINTS,
     METRICS_FILE,
@@ -68,6 +58,7 @@ from hovle_train.runtime import Runtime
 from hovle_train.sharded import whole
 from hovle_train.speed import Speed
 from hovle_train.stages.base import make_stage
+from hovle_train.step_log import StepLog
 from hovle_train.storage import RemoteRun
 from hovle_train.wrappers import wrap_model
 
@@ -83,12 +74,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, plugins: HovlePlugins, runtime: Runtime, commit: str | None = None):
         self.recipe, self.plugins, self.runtime, self.commit = recipe, plugins, runtime, commit
-        # Of earlier starts, once resumed: a run's cost is that of all of them.
-        self.seconds, self.tokens, self.started = 0.0, 0, time.perf_counter()
-        self.parent_weights: str | None = None  # known to rank 0, from `prepare` on
-        self.data_manifest: DataManifest = {}  # the same
         self.data_state: State = {}  # what waited in packing windows behind the checkpoint resumed from
-        self.fill = Fill(recipe.train, runtime)
         self.stopping = False
         self.balance: Balance | None = None
         self.remote = RemoteRun(recipe.train.storage_path) if recipe.train.storage_path else None
@@ -127,7 +113,6 @@ class Trainer:
             return
         if self.remote is not None and self.runtime.is_main:
             self.remote.check()
-        self.started = time.perf_counter()
         self.prepare()
         self.runtime.barrier()  # rank 0 had more to do; the others' watchdogs start behind it
         first = self.resume()
@@ -135,15 +120,14 @@ class Trainer:
             Ledger.rank_path(self.recipe.path, self.runtime.rank),
             max_share=self.recipe.data.max_quarantine_share,
         )
-        writer = MetricsWriter(self.recipe.path / METRICS_FILE) if self.runtime.is_main else None
         loader = self.loader(ledger)
+        log = StepLog(self.recipe, self.runtime, self.observers, ledger, self.speed)
         try:
-            self.train(loader, first, writer, ledger)
+            with closing(log):
+                self.train(loader, first, log)
         finally:
             if self.runtime.is_main:
                 Ledger.merge(self.recipe.path)
-        if writer is not None:
-            writer.close()
         self.module = self.parallel.finish()
         # Every rank may hold a share of them.
         self.averages = None if self.average is None else self.average.gather()
@@ -152,10 +136,9 @@ class Trainer:
             self.remote.push_final(self.recipe.path)
         self.runtime.barrier()
 
-    def train(self, loader: Loader, first: int, writer: MetricsWriter | None, ledger: Ledger) -> None:
+    def train(self, loader: Loader, first: int, log: StepLog) -> None:
         """The steps from `first` to the last."""
-        window, timeout = Window(), self.recipe.resources.step_timeout_s
-        stacks = self.recipe.path / STACKS
+        stacks, timeout = self.recipe.path / STACKS, self.recipe.resources.step_timeout_s
         set_train_mode(self.module)
         with (
             Watchdog(stacks, self.runtime, timeout) as watchdog,
@@ -164,27 +147,21 @@ class Trainer:
             for step, micro_batches, data_wait_s in batches:
                 tokens = sum(batch.num_tokens for batch in micro_batches)
                 with self.speed.count_once(tokens):
-                    logged = self.step(step, [self.place(batch) for batch in micro_batches])
-                window.add(data_wait_s=data_wait_s, tokens=tokens, steps=1)
-                window.add(samples=sum(len(batch.keys) for batch in micro_batches), **logged)
-                self.fill.add(micro_batches)
-                self.log(step, window, writer, ledger)
+                    learned = self.step(step, [self.place(batch) for batch in micro_batches])
+                log.add(micro_batches, data_wait_s, learned)
+                log.write(step, self.optimizers[0].param_groups[0]["lr"], self.balance)
                 watchdog.beat()
                 self.save(step, batches.state)
                 watchdog.beat()
 
     def prepare(self) -> None:
         """Build, freeze, make optimizers and whatever the stage needs; write the resolved recipe down."""
+        self.record = Record(self.recipe, self.plugins, self.commit)
         if self.runtime.is_main:
             self.recipe.path.mkdir(parents=True, exist_ok=True)
             write_text(self.recipe.path / RECIPE_FILE, self.recipe.to_yaml())
-            # Before it is read: a parent that changes meanwhile is then noticed.
-            parent = parent_of(self.recipe)
-            self.parent_weights = checked_hash(parent)
-            self.data_manifest = data_manifest(self.recipe, self.stage.open)
-            for change in self.plugins.changed_since(plugins_of(parent)):
-                logger.warning("%s: %s", parent, change)
-            self.gate.measure_before(self.parent_weights)
+            self.record.look_up(self.stage.open)
+            self.gate.measure_before(self.record.parent_weights)
         torch.manual_seed(self.recipe.seed)
         self.module, self.processor = self.stage.build()
         self.stage.processor = self.processor
@@ -218,20 +195,10 @@ class Trainer:
         found, first = checkpoint.newest(self.checkpoints), 0
         if found is not None:
             state = checkpoint.read_state(found)
-            check_same(state["recipe"], self.recipe, f"checkpoint {found}")
-            recorded = state.get("parent_weights")
-            check_parent(recorded, self.parent_weights, self.recipe, f"checkpoint {found}")
-            check_data(state.get("data_manifest"), self.data_manifest, self.recipe, f"checkpoint {found}")
+            self.record.resume(state, found)
             checkpoint.load(found, self.weights.masters, self.remembering)
             self.weights.publish()
-            for change in self.plugins.changed_since(state["plugins"]):
-                logger.warning("%s: results may differ from those of an uninterrupted run", change)
-            self.seconds, self.tokens, self.data_state = (
-                state["seconds"],
-                state["tokens"],
-                state.get("data", {}),
-            )
-            first = state["step"] + 1
+            self.data_state, first = state.get("data", {}), state["step"] + 1
             logger.info("resuming %s at step %d of %d", self.recipe.path, first, self.recipe.train.steps)
         if self.runtime.is_main:
             truncate_metrics(self.recipe.path / METRICS_FILE, first - 1)
@@ -291,7 +258,7 @@ class Trainer:
         tokens = sum(batch.num_tokens for batch in micro_batches)
         sums = self.runtime.sum(own | {"stop": stop, "tokens": tokens})
         self.stopping = bool(sums.pop("stop"))  # all ranks stop behind the same step
-        self.tokens += int(sums.pop("tokens"))
+        self.record.tokens += int(sums.pop("tokens"))
         keys = [key for batch in micro_batches for key in batch.keys]
         check_finite(step, norm, sums, own, keys, (self.recipe.path, self.runtime))
         set_lr(self.optimizers, lr_share(self.recipe.optim, step, self.recipe.train.steps))
@@ -317,38 +284,6 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
         return float(whole(norm))
 
-    def log(self, step: int, window: Window, writer: MetricsWriter | None, ledger: Ledger) -> None:
-        last = step + 1 == self.recipe.train.steps
-        if (step + 1) % self.recipe.train.log_every and not last:
-            return
-        sums, seconds = window.sums, window.seconds
-        steps = sums.pop("steps")
-        tokens, samples, waited = (sums.pop(name) for name in ("tokens", "samples", "data_wait_s"))
-        counted = self.runtime.sum(
-            {
-                "tokens": tokens,
-                "samples": samples,
-                "waited": waited,
-                "bad": ledger.num_bad,
-                "truncated": ledger.num_truncated,
-            }
-        )
-        metrics: dict[str, Any] = {name: value / steps for name, value in sums.items()}
-        metrics |= self.fill.measure() | (self.balance.metrics(step) if self.balance is not None else {})
-        metrics |= {
-            "lr": self.optimizers[0].param_groups[0]["lr"],
-            "tokens_per_s": counted["tokens"] / seconds,
-            "samples_per_s": counted["samples"] / seconds,
-            "data_wait_share": counted["waited"] / self.runtime.world_size / seconds,
-            "quarantined": int(counted["bad"]),
-            "truncated": int(counted["truncated"]),
-        }
-        if writer is not None:
-            metrics |= self.speed.mfu(metrics["tokens_per_s"], self.runtime.world_size)
-            writer.write(step, metrics)
-            self.observers.on_log(step, metrics)
-        window.reset()
-
     def save(self, step: int, data_state: State) -> None:
         """A checkpoint every `checkpoint_every` steps, written by rank 0 and reported to Ray by all.
 
@@ -362,18 +297,7 @@ class Trainer:
         tensors = checkpoint.gather(self.weights.masters, self.remembering, self.runtime.is_main)
         path = None
         if self.runtime.is_main:
-            state = {
-                "seconds": self.seconds + time.perf_counter() - self.started,
-                "tokens": self.tokens,
-                "data": data,
-                "recipe": self.run_info.recipe,
-                "plugins": self.plugins.versions,
-                "commit": self.commit,
-                "parent": parent_of(self.recipe),
-                "parent_weights": self.parent_weights,
-                "data_manifest": self.data_manifest,
-            }
-            keep = self.recipe.train.keep_checkpoints
+            state, keep = self.record.to_dict() | {"data": data}, self.recipe.train.keep_checkpoints
             path = checkpoint.save(self.checkpoints, step, tensors, state, keep)
             if self.remote is not None:
                 self.remote.push(path, self.recipe.path, keep)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +47,3 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._file.close()
-
-
-class Window:
-    """Sums between two log lines: losses, tokens, time waiting for data."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.started = time.perf_counter()
-
-    def add(self, **values: float) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started

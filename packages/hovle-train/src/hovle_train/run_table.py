@@ -9,9 +9,11 @@ from typing import Any
 
 import yaml
 
+from hovle_train.lock import is_running
 from hovle_train.metrics import read_metrics
 from hovle_train.runs import (
     CHECKPOINTS,
+    FAILED_FILE,
     FINAL,
     METRICS_FILE,
     PIPELINE_FILE,
@@ -74,7 +76,16 @@ class RunInfo:
         if self.is_rejected:
             return "rejected"
         done = self.metrics[-1]["step"] + 1 if self.metrics else 0
-        return f"step {done:,} of {self.recipe['train']['steps']:,}"
+        where = f"step {done:,} of {self.recipe['train']['steps']:,}"
+        if is_running(self.path):
+            return f"running, {where}"
+        return f"stopped at {where}" if self.error is None else f"failed at {where}"
+
+    @property
+    def error(self) -> str | None:
+        """What made the newest start fail, if it did."""
+        path = self.path / FAILED_FILE
+        return path.read_text() if path.is_file() else None
 
     @property
     def last(self) -> str:

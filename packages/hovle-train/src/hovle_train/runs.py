@@ -11,6 +11,7 @@ from hovle_core.runs import FINAL, RECIPE_FILE, RUN_CARD, is_finished, resolve_c
 
 __all__ = [
     "CHECKPOINTS",
+    "FAILED_FILE",
     "FINAL",
     "FINAL_EMA",
     "LANGUAGE_FILE",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 CHECKPOINTS = "checkpoints"
+# What ended the newest start before its time, in words; gone with the next one.
+FAILED_FILE = "failed.txt"
 # Perplexity of what the stage started from, and where a checkpoint goes that it keeps from being `FINAL`; in it, under
 # its own name, the average.
 LANGUAGE_FILE, REJECTED = "language.json", "rejected"

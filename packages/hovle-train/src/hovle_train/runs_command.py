@@ -113,6 +113,7 @@ def _facts(run: RunInfo) -> dict[str, str]:
     facts: dict[str, Any] = {
         "folder": run.path,
         "stage": run.stage,
+        "error": None if run.state == "finished" else run.error,
         "steps": f"{run.recipe['train']['steps']:,}",
         "parent": card.get("parent"),
         "parent weights": card.get("parent_weights"),
