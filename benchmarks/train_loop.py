@@ -1,14 +1,15 @@
-"""What Ray Train and the loop cost beside the work itself: a step of `hovle train` on Ray against a bare loop.
+"""What Ray Train and the loop cost beside the work itself: a step of `hovle train` against a bare loop.
 
 The bare loop is a process without Ray: the same batches from the same loader, loss, backward, clipping, optimizer, in
-the same precision. The other is the command itself, with all it does around a step: agreed stops, checks, metrics of
-every step, reports to Ray. The model has the size of the demo's.
+the same precision. The others are the command itself, on Ray and with `--local`, with all it does around a step: agreed
+stops, checks, metrics of every step, reports to Ray. The model has the size of the demo's.
 
 They take turns of a few steps, since a shared machine drifts by more in a minute than what is measured here: while one
-computes, the other, with all of Ray's processes, is stopped (SIGSTOP). The first step of a turn does not count. `ratio`
-is the mean over turns of the command's steps by the bare ones before and after, `ratio_error` its standard error. Also:
-how long a step waits for data, and the time from the command to its first step. About three minutes on two cores with
-AMX, ten without.
+computes, the others, with all of Ray's processes, are stopped (SIGSTOP). A turn's first steps do not count. `ratio`,
+and `ratio_local` without Ray, are medians over turns of the command's steps by the bare ones before and after: what the
+host takes for others falls on single turns of any. `_error` is the standard error, `_mean` the mean with those turns.
+Also: how long a step on Ray waits for data, and the time from the command to its first step. About eight minutes on two
+cores.
 """
 
 import io
@@ -46,9 +47,11 @@ from hovle_train.runs import METRICS_FILE
 from hovle_train.runtime import Runtime
 
 SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4}
-TURNS, STEPS_A_TURN, SAMPLES = 24, 3, 64
-BLOCK = 4  # turns whose mean counts as one for the error: neighbours share a bare turn
-STEPS = 400  # more than either comes to: both are ended in the middle
+DTYPE = str(resolve_precision("auto", torch.device("cpu"))).removeprefix("torch.")
+# A step takes about half a second: turns are then shorter than most of the host's moods.
+SAMPLES = {"bfloat16": 64, "float32": 16}[DTYPE]
+TURNS, STEPS_A_TURN, UNCOUNTED = 40, 6, 2
+STEPS = 1000  # more than any comes to: all are ended in the middle
 CAPTION = "a picture of noise, one of many like it, with nothing in it that anybody could name"
 
 
@@ -66,9 +69,7 @@ def make_world(folder: Path) -> None:
         Image.fromarray(small).resize((160, 120), Image.Resampling.BICUBIC).save(out, "JPEG")
         return out.getvalue()
 
-    samples = (
-        Sample(f"p{n}", images=(picture(),), text=f"{CAPTION}, number {n}") for n in range(20 * SAMPLES)
-    )
+    samples = (Sample(f"p{n}", images=(picture(),), text=f"{CAPTION}, number {n}") for n in range(1280))
     write_shards(samples, folder / "pairs")
 
 
@@ -132,12 +133,13 @@ class Runner:
         return seconds
 
     def turn(self) -> list[dict[str, Any]]:
-        """Metrics of a turn's steps without its first one, which was stopped in the middle."""
+        """Metrics of a turn's steps without the first: one was stopped in the middle, and behind it Ray's processes
+        catch up with what they missed."""
         done = len(read_metrics(self.metrics))
         self._signal(signal.SIGCONT)
         self._wait_for(done + STEPS_A_TURN)
         self._signal(signal.SIGSTOP)
-        return read_metrics(self.metrics)[done + 1 : done + STEPS_A_TURN]
+        return read_metrics(self.metrics)[done + UNCOUNTED : done + STEPS_A_TURN]
 
     def end(self) -> None:
         everything = self._everything()
@@ -170,43 +172,57 @@ def seconds(turn: list[dict[str, Any]]) -> float:
 
 
 def compare(folder: Path) -> dict[str, float]:
-    (folder / "ray.yaml").write_text(yaml.safe_dump(recipe(folder, "ray")))
+    hovle_train = [sys.executable, "-m", "hovle_core.cli", "train"]
+    commands = {
+        "bare": [sys.executable, __file__, str(folder)],
+        "local": [*hovle_train, str(folder / "local.yaml"), "--local"],
+        "ray": [*hovle_train, str(folder / "ray.yaml")],
+    }
     with ExitStack() as ending:
-        bare = Runner([sys.executable, __file__, str(folder)], folder / "bare")
-        ending.callback(bare.end)
-        bare.start()
-        ray = Runner(
-            [sys.executable, "-m", "hovle_core.cli", "train", str(folder / "ray.yaml")], folder / "ray"
-        )
-        ending.callback(ray.end)
-        first = ray.start()
-        for runner in (bare, ray):  # the first steps are slower
+        runners, first = {}, {}
+        for name, command in commands.items():
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe(folder, name)))
+            runners[name] = Runner(command, folder / name)
+            ending.callback(runners[name].end)
+            first[name] = runners[name].start()
+        for runner in runners.values():  # the first steps are slower
             runner.turn()
-        before, ratios, waits = seconds(bare.turn()), [], []
+        before, waits = seconds(runners["bare"].turn()), []
+        ratios: dict[str, list[float]] = {"ray": [], "local": []}
         for _ in range(TURNS):
-            turn = ray.turn()
-            after = seconds(bare.turn())
-            ratios.append(2 * seconds(turn) / (before + after))
-            waits += [line["data_wait_share"] for line in turn]
-            print(f"on Ray {seconds(turn):.3f} s, bare {before:.3f} and {after:.3f} s", flush=True)
+            turns = {name: runners[name].turn() for name in ratios}
+            after = seconds(runners["bare"].turn())
+            for name, turn in turns.items():
+                ratios[name].append(2 * seconds(turn) / (before + after))
+            waits += [line["data_wait_share"] for line in turns["ray"]]
+            print("  ".join(f"{name} {values[-1]:.3f}" for name, values in ratios.items()), flush=True)
             before = after
-    blocks = [statistics.fmean(ratios[i : i + BLOCK]) for i in range(0, TURNS, BLOCK)]
     return {
-        "ratio": round(statistics.fmean(ratios), 3),
-        "ratio_error": round(statistics.stdev(blocks) / len(blocks) ** 0.5, 3),
+        **averages("ratio", ratios["ray"]),
+        **averages("ratio_local", ratios["local"]),
         "data_wait_share": round(statistics.fmean(waits), 4),
-        "first_step_s": round(first, 1),
+        "first_step_s": round(first["ray"], 1),
+    }
+
+
+def averages(name: str, ratios: list[float]) -> dict[str, float]:
+    """Median, its standard error by bootstrap, and mean."""
+    draw = np.random.default_rng(0)
+    medians = [float(np.median(draw.choice(ratios, len(ratios)))) for _ in range(1000)]
+    return {
+        name: round(statistics.median(ratios), 3),
+        f"{name}_error": round(statistics.stdev(medians), 3),
+        f"{name}_mean": round(statistics.fmean(ratios), 3),
     }
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is stopped is ended
     torch.manual_seed(0)
-    dtype = resolve_precision("auto", torch.device("cpu"))
     with tempfile.TemporaryDirectory() as temporary:
         make_world(Path(temporary))
         result = compare(Path(temporary))
-    about = {"threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")}
+    about = {"threads": torch.get_num_threads(), "dtype": DTYPE}
     print(json.dumps({"benchmark": "train_loop", **result, **about}))
 
 
