@@ -48,9 +48,9 @@ from hovle_train.runtime import Runtime
 
 SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4}
 DTYPE = str(resolve_precision("auto", torch.device("cpu"))).removeprefix("torch.")
-# A step takes about half a second: turns are then shorter than most of the host's moods.
+# A step takes about half a second, and a turn so long that what Ray catches up with at its beginning is over.
 SAMPLES = {"bfloat16": 64, "float32": 16}[DTYPE]
-TURNS, STEPS_A_TURN, UNCOUNTED = 40, 6, 2
+TURNS, STEPS_A_TURN, UNCOUNTED = 16, 16, 4
 STEPS = 1000  # more than any comes to: all are ended in the middle
 CAPTION = "a picture of noise, one of many like it, with nothing in it that anybody could name"
 
