@@ -6,12 +6,12 @@ import io
 import json
 import socket
 import threading
-import time
 import weakref
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from asking import until
 from PIL import Image
 
 from hovle_core.image_processor import HovleImageProcessor
@@ -26,13 +26,6 @@ from hovle_serve.sampling import Sampling
 
 WAIT = 30
 LARGE = 200_000  # bytes; two are more than all that a gateway of these tests may hold
-
-
-def until(condition) -> None:
-    deadline = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 # ---- bodies ----------------------------------------------------------------------------------------------------------

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import asking
 import httpx
 import pytest
 import yaml
@@ -27,6 +29,9 @@ from hovle_serve.relay import Relayed
 from hovle_serve.sampling import Sampling
 from hovle_serve.serving import AccessConfig, ClusterConfig, EngineConfig
 
+# A cluster takes its time.
+until = partial(asking.until, seconds=240, every=0.2)
+
 QUESTIONS = ["hi", "what is this?", "blue", "a red square", "and this one?", "circle"]
 LONG = 300
 # Decisions within seconds rather than minutes.
@@ -36,13 +41,6 @@ FAST = {"metrics_interval_s": 0.5, "look_back_period_s": 2, "upscale_delay_s": 0
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
-
-
-def until(condition: Callable[[], Any], seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 class Cluster:
@@ -252,7 +250,7 @@ def test_two_models_behind_one_address_answer_as_they_do_alone(
     with cluster.http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
         next(response.iter_lines())
     names = ("hovle_active_requests", "hovle_waiting_requests")
-    until(lambda: not any(cluster.metric(name, one) for name in names), 60)
+    until(lambda: not any(cluster.metric(name, one) for name in names), seconds=60)
     assert cluster.metric("hovle_completion_tokens_total", one) - before < 8 * 450
 
 

@@ -3,10 +3,10 @@
 import queue
 import random
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
+from asking import until
 from PIL import Image
 
 from hovle_core.processor import Encoded
@@ -44,13 +44,6 @@ class Asked:
 
     def text(self) -> str:
         return "".join(piece.text for piece in self.rest())
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def slowed(model):

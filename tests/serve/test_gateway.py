@@ -8,6 +8,7 @@ from contextlib import aclosing, contextmanager
 
 import httpx
 import pytest
+from asking import HI
 
 from hovle_serve.access import Access
 from hovle_serve.api import create_app
@@ -15,8 +16,6 @@ from hovle_serve.engine import Engine
 from hovle_serve.gateway import ReplicaLostError, ReplicasBusyError, create_gateway
 from hovle_serve.protocol import Limits
 from hovle_serve.relay import Relayed, answered
-
-HI = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture

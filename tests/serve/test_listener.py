@@ -19,12 +19,11 @@ from unittest.mock import Mock
 import httpx
 import psutil
 import pytest
+from asking import HI, until
 from PIL import Image
 
 from hovle_serve import api, front, listener
 from hovle_serve.protocol import Limits
-
-HI = [{"role": "user", "content": "hi"}]
 
 
 def connect(server) -> socket.socket:
@@ -43,13 +42,6 @@ def read_until(connection: socket.socket, text: bytes) -> bytes:
         got += piece
     assert text in got, got
     return got
-
-
-def until(condition) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_headers_that_do_not_come_are_not_waited_for(serve, monkeypatch):
