@@ -50,7 +50,7 @@ SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4,
 DTYPE = str(resolve_precision("auto", torch.device("cpu"))).removeprefix("torch.")
 # A step takes about half a second, and a turn so long that what Ray catches up with at its beginning is over.
 SAMPLES = {"bfloat16": 64, "float32": 16}[DTYPE]
-TURNS, STEPS_A_TURN, UNCOUNTED = 16, 16, 4
+TURNS, STEPS_A_TURN, UNCOUNTED, RUN = 16, 16, 4, 4
 STEPS = 1000  # more than any comes to: all are ended in the middle
 CAPTION = "a picture of noise, one of many like it, with nothing in it that anybody could name"
 
@@ -206,9 +206,10 @@ def compare(folder: Path) -> dict[str, float]:
 
 
 def averages(name: str, ratios: list[float]) -> dict[str, float]:
-    """Median, its standard error by bootstrap, and mean."""
+    """Median, its standard error by bootstrap over runs of turns, since neighbours share a bare one, and mean."""
     draw = np.random.default_rng(0)
-    medians = [float(np.median(draw.choice(ratios, len(ratios)))) for _ in range(1000)]
+    runs = np.lib.stride_tricks.sliding_window_view(np.array(ratios), RUN)
+    medians = [float(np.median(draw.choice(runs, len(ratios) // RUN))) for _ in range(1000)]
     return {
         name: round(statistics.median(ratios), 3),
         f"{name}_error": round(statistics.stdev(medians), 3),

@@ -17,6 +17,8 @@ from hovle_train import checkpoint, failure, lock
 from hovle_train.failure import DiskFull, NonFiniteError, place_of
 from hovle_train.loop import Trainer
 from hovle_train.metrics import read_metrics
+from hovle_train.ray_trainer import run_local
+from hovle_train.runs import FAILED_FILE
 from hovle_train.runtime import Runtime
 
 
@@ -195,6 +197,14 @@ def test_a_hung_rank_ends_the_run_with_its_stack(make_recipe, plugins, monkeypat
     assert code == 2
     assert "no step ended within resources.step_timeout_s=1: rank 0 is in" in message
     assert " in hang_here" in (recipe.path / "hung" / "rank-0.txt").read_text()
+
+
+def test_a_run_without_ray_leaves_what_its_watchdog_says(make_recipe, monkeypatch):
+    """The watchdog ends the process behind it."""
+    recipe = make_recipe("alignment")
+    monkeypatch.setattr(Trainer, "run", lambda trainer: trainer.runtime.give_up("no step ended"))
+    run_local(recipe)
+    assert (recipe.path / FAILED_FILE).read_text() == "no step ended"
 
 
 def test_a_rank_that_waits_for_others_is_not_the_one_that_hangs():

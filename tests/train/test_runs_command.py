@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from hovle_core.cli import main
-from hovle_train.lock import alone_in
+from hovle_train.failure import noting_failure
+from hovle_train.lock import LOCK_FILE, alone_in
 from hovle_train.loop import Trainer
-from hovle_train.run_table import find_runs
-from hovle_train.runs import read_summary
+from hovle_train.run_table import RunInfo, find_runs
+from hovle_train.runs import FAILED_FILE, read_summary
 from hovle_train.runtime import Runtime
 
 
@@ -62,6 +63,7 @@ def test_running_stopped_and_failed_runs_are_told_apart(two_runs, make_recipe, t
 
     with alone_in(child.path):
         assert "running, step 3 of 6" in shown("list", child.run_dir)
+    (child.path / LOCK_FILE).touch()  # as a killed process leaves it
     assert "stopped at step 3 of 6" in shown("list", child.run_dir)
 
     wild = make_recipe("alignment", run_dir=str(tmp_path / "wild"), optim={"lr": 1e30, "grad_clip": None})
@@ -73,8 +75,33 @@ def test_running_stopped_and_failed_runs_are_told_apart(two_runs, make_recipe, t
     # Whoever starts it again has another chance.
     shutil.rmtree(wild.path / "checkpoints", ignore_errors=True)
     assert main(["train", str(path), "--local", "--set", "optim.lr=1e-3"]) == 0
-    assert "finished" in (again := shown("show", wild.run_dir))
-    assert "not finite" not in again
+    assert "finished" in shown("show", wild.run_dir)
+    assert not (wild.path / FAILED_FILE).exists()
+
+
+def test_who_is_refused_leaves_nothing_in_another_s_run(two_runs, tmp_path, capsys, monkeypatch):
+    _, child = two_runs
+    monkeypatch.setattr("hovle_train.lock.LOCK_SECONDS", 0.2)
+    path = tmp_path / "again.yaml"
+    path.write_text(child.to_yaml())
+    with alone_in(child.path):
+        assert main(["train", str(path), "--local"]) == 2
+    assert "another process trains in" in capsys.readouterr().err
+    assert main(["runs", "list", child.run_dir]) == 0
+    assert "stopped at step 3 of 6" in capsys.readouterr().out
+
+
+def test_a_failure_is_noted_whatever_it_says(tmp_path):
+    for error, noted in (
+        (ValueError("no such file: '\udcff'"), "no such file: '\\udcff'"),
+        (AssertionError(), "AssertionError: "),
+    ):
+        with pytest.raises(type(error)), noting_failure(tmp_path):
+            raise error
+        assert RunInfo(tmp_path).error == noted
+        assert [p.name for p in tmp_path.iterdir()] == [FAILED_FILE]
+    with pytest.raises(ValueError, match="gone"), noting_failure(tmp_path / "none"):
+        raise ValueError("the folder is gone")
 
 
 def test_curves_are_a_picture_and_a_page_that_loads_nothing(two_runs, tmp_path, capsys):

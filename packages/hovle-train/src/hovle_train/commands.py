@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from hovle_train.runs import (
     CHECKPOINTS,
-    FAILED_FILE,
     PIPELINE_FILE,
     Run,
     is_finished,
@@ -156,7 +154,7 @@ def train(
     from transformers.utils import logging
 
     from hovle_core.precision import has_fast_bfloat16
-    from hovle_train.failure import Stopped
+    from hovle_train.failure import Stopped, noting_failure
     from hovle_train.language_gate import reconsider
     from hovle_train.lineage import check_finished
     from hovle_train.progress import follow
@@ -188,18 +186,6 @@ def train(
             highlight=False,
             soft_wrap=True,
         )
-
-
-@contextmanager
-def noting_failure(run_dir: Path) -> Iterator[None]:
-    """Leave in a run's folder what made its newest start fail, for `hovle runs`."""
-    (run_dir / FAILED_FILE).unlink(missing_ok=True)
-    try:
-        yield
-    except Exception as error:
-        with suppress(OSError):  # a full disk, or no folder yet: what failed is what matters
-            write_text(run_dir / FAILED_FILE, str(error))
-        raise
 
 
 def finished_already(recipe: Recipe) -> str:

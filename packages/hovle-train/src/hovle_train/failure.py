@@ -21,6 +21,8 @@ from typing import Self
 
 from safetensors import SafetensorError
 
+from hovle_train.lock import is_running
+from hovle_train.runs import FAILED_FILE, write_text
 from hovle_train.runtime import Runtime
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again.
@@ -78,6 +80,30 @@ def stop_on_sigterm(run_dir: Path, asked: threading.Event) -> Iterator[None]:
 
 def asked_to_stop(run_dir: Path) -> bool:
     return (run_dir / STOP_FILE).exists()
+
+
+@contextmanager
+def noting_failure(run_dir: Path) -> Iterator[None]:
+    """Within a start of a run: what makes it fail is left in the run's folder (`note_failure`), for `hovle runs`.
+
+    Not where another process trains there, and goes on: it is that one's folder.
+    """
+    others = is_running(run_dir)
+    if not others:
+        (run_dir / FAILED_FILE).unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        if not (others and is_running(run_dir)):
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            note_failure(run_dir, f"{kind}{error}")
+        raise
+
+
+def note_failure(run_dir: Path, message: str) -> None:
+    """Write down what ended a run, as far as its disk lets us: what is told to the user is the failure itself."""
+    with suppress(OSError):
+        write_text(run_dir / FAILED_FILE, message.encode("utf-8", "backslashreplace").decode())
 
 
 @contextmanager

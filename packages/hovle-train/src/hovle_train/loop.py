@@ -80,8 +80,9 @@ class Trainer:
         self.remote = RemoteRun(recipe.train.storage_path) if recipe.train.storage_path else None
         self.gate = LanguageGate(recipe, plugins.registry, runtime)
         self.stage = make_stage(recipe, plugins.registry)
-        self.run_info = Run(recipe.path, recipe.stage.name, recipe.model_dump(mode="json"))
-        self.observers = Observers(plugins, self.run_info)
+        self.observers = Observers(
+            plugins, Run(recipe.path, recipe.stage.name, recipe.model_dump(mode="json"))
+        )
         self.checkpoints = recipe.path / CHECKPOINTS
         self.dtype = resolve_precision(recipe.train.precision, runtime.device)
         self.speed = Speed(runtime.device, self.dtype)

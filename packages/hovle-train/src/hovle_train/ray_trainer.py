@@ -10,6 +10,7 @@ import os
 import secrets
 import tempfile
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hovle_core.openmp import SPINS
 from hovle_core.plugins import load_plugins
 from hovle_train.config import Recipe
 from hovle_train.export import git_commit, write_json
-from hovle_train.failure import Stopped, stop_on_sigterm
+from hovle_train.failure import Stopped, note_failure, stop_on_sigterm
 from hovle_train.lineage import absolute
 from hovle_train.priority import have_ray_wait, own_ray
 from hovle_train.runs import is_finished
@@ -84,7 +85,9 @@ def run_local(recipe: Recipe, asked: threading.Event | None = None) -> None:
 
     device = torch.device("cuda" if recipe.resources.use_gpu else "cpu")
     with stop_on_sigterm(recipe.path, asked or threading.Event()):
-        Trainer(recipe, load_plugins(), Runtime(device=device), commit=git_commit()).run()
+        # A watchdog ends this process, and no `except` hears of it.
+        runtime = Runtime(device=device, give_up=partial(note_failure, recipe.path))
+        Trainer(recipe, load_plugins(), runtime, commit=git_commit()).run()
 
 
 def run_on_ray(recipe: Recipe, asked: threading.Event | None = None) -> None:

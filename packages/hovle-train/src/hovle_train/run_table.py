@@ -84,8 +84,10 @@ class RunInfo:
     @property
     def error(self) -> str | None:
         """What made the newest start fail, if it did."""
-        path = self.path / FAILED_FILE
-        return path.read_text() if path.is_file() else None
+        try:
+            return (self.path / FAILED_FILE).read_text(errors="replace")
+        except OSError:
+            return None
 
     @property
     def last(self) -> str:

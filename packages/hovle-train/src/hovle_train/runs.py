@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 CHECKPOINTS = "checkpoints"
-# What ended the newest start before its time, in words; gone with the next one.
+# What ended the newest start before its time, in words; the next one that trains drops it.
 FAILED_FILE = "failed.txt"
 # Perplexity of what the stage started from, and where a checkpoint goes that it keeps from being `FINAL`; in it, under
 # its own name, the average.
@@ -68,8 +68,11 @@ def read_summary(run_dir: str | Path) -> dict[str, Any]:
 def write_text(path: Path, text: str) -> None:
     """Atomically replace a file."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:  # of a full disk, too
+        temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(run_dir: Path) -> None:

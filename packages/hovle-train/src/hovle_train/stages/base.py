@@ -42,9 +42,8 @@ HOVLE_FIELDS = (
 # What the loop itself counts and logs: a loss of such a name would be added to it.
 LOOP_METRICS = frozenset(
     {
-        "step", "steps", "stop", "tokens", "samples", "waited", "bad", "data_wait_s", "grad_norm", "lr", "mfu", "fill",
-        "tile_fill", "imbalance", "smallest_share", "largest_share", "tokens_per_s", "samples_per_s",
-        "data_wait_share", "quarantined", "truncated",
+        "step", "stop", "tokens", "grad_norm", "lr", "mfu", "fill", "tile_fill", "imbalance", "smallest_share",
+        "largest_share", "tokens_per_s", "samples_per_s", "data_wait_share", "quarantined", "truncated",
     }
 )  # fmt: skip
 
