@@ -1,15 +1,14 @@
 """One process of a kind trains in a run's folder, and others can see that it does."""
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE, LOCK_SECONDS = ".lock", 60.0
 
@@ -21,7 +20,7 @@ def alone_in(run_dir: Path) -> Iterator[None]:
 
     Raises ValueError for one that goes on. A file system without locks is taken as it is, and so is Windows.
     """
-    if fcntl is None:
+    if sys.platform == "win32":
         yield
         return
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -60,7 +59,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 def is_running(run_dir: Path) -> bool:
     """Whether a process trains in `run_dir` now, as far as its file system has locks that this machine sees."""
-    if fcntl is None:
+    if sys.platform == "win32":
         return False
     try:
         with (run_dir / LOCK_FILE).open() as file:

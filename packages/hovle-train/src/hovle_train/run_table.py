@@ -83,7 +83,9 @@ class RunInfo:
 
     @property
     def error(self) -> str | None:
-        """What made the newest start fail, if it did."""
+        """What made the newest start fail, if it did and the run has not gone on since."""
+        if is_finished(self.path) or is_running(self.path):
+            return None
         try:
             return (self.path / FAILED_FILE).read_text(errors="replace")
         except OSError:

@@ -113,7 +113,7 @@ def _facts(run: RunInfo) -> dict[str, str]:
     facts: dict[str, Any] = {
         "folder": run.path,
         "stage": run.stage,
-        "error": run.error if run.state.startswith(("failed", "rejected")) else None,
+        "error": run.error,
         "steps": f"{run.recipe['train']['steps']:,}",
         "parent": card.get("parent"),
         "parent weights": card.get("parent_weights"),

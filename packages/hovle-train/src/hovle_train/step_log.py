@@ -29,7 +29,11 @@ class StepLog:
     def add(
         self, micro_batches: Sequence[PackedBatch], data_wait_s: float, learned: Mapping[str, float]
     ) -> None:
-        """Count one step of this rank. learned: losses and gradient norm, reduced over ranks already."""
+        """Count one step of this rank.
+
+        data_wait_s: seconds that it stood waiting for its samples. learned: losses and gradient norm, reduced over
+        ranks already.
+        """
         self.fill.add(micro_batches)
         self._steps += 1
         counts = {
@@ -42,7 +46,10 @@ class StepLog:
                 sums[name] = sums.get(name, 0.0) + value
 
     def write(self, step: int, lr: float, balance: Balance | None) -> None:
-        """A line of means and rates behind every `log_every`-th step and the last one; nothing behind others."""
+        """A line of means and rates behind every `log_every`-th step and the last one; nothing behind others.
+
+        lr: of the first group of parameters. Raises PoorFill, on all ranks, for rows emptier than `train.min_fill`.
+        """
         if (step + 1) % self.train.log_every and step + 1 != self.train.steps:
             return
         seconds, world_size = time.perf_counter() - self._began, self.runtime.world_size
