@@ -35,7 +35,6 @@ SHAPES = [
 @pytest.mark.parametrize(("source", "target"), SHAPES)
 def test_compiled_sums_are_pillows(always_compiled, source, target):
     image = noise(*source)
-    assert resize._is_compiled(source, target) != vertical_first(source, target)
     np.testing.assert_array_equal(resize_exact(image, [target])[0], pillow(image, target))
 
 

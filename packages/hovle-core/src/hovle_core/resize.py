@@ -18,7 +18,7 @@ from PIL import __version__ as pillow_version
 from torch.nn import functional as F
 
 # Rows taken out of Pillow at a time: they stay in the CPU's cache, and `np.array` writes a whole picture thrice.
-BAND = 64
+BAND = 128
 # With fewer pixels than this, of the picture and of what it becomes, Pillow is done before numba is imported.
 SMALLEST_COMPILED = 2**20
 
@@ -28,7 +28,9 @@ def resize_exact(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[n
 
     Like those of resize_close these are views; how they lie in memory is what was quickest to make.
     """
-    compiled = [size for size in sizes if _is_compiled(image.size, size)]
+    alike = [size for size in sizes if not vertical_first(image.size, size)]
+    # Once one size is large enough to have numba loaded, the small ones are quicker so, too.
+    compiled = alike if any(_is_large(image.size, size) for size in alike) and _has_numba() else []
     resized = dict(zip(compiled, _compiled(image, compiled), strict=True)) if compiled else {}
     for size in sizes:
         if size not in resized:
@@ -61,9 +63,8 @@ def _has_numba() -> bool:
     return find_spec("numba") is not None
 
 
-def _is_compiled(source: tuple[int, int], target: tuple[int, int]) -> bool:
-    pixels = source[0] * source[1] + target[0] * target[1]
-    return pixels >= SMALLEST_COMPILED and _has_numba() and not vertical_first(source, target)
+def _is_large(source: tuple[int, int], target: tuple[int, int]) -> bool:
+    return source[0] * source[1] + target[0] * target[1] >= SMALLEST_COMPILED
 
 
 def _compiled(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
@@ -77,12 +78,13 @@ def _compiled(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.n
     turned = np.zeros((width, 3, BAND), np.uint8)
     turned_rows = [np.empty((W, 3, BAND), np.uint8) for W, _ in sizes]
     for top, band in _bands(image):
-        m = len(band)
-        turned.reshape(width * 3, BAND)[:, :m] = band.reshape(m, width * 3).T
+        m = band.height
+        # As Pillow keeps them, with a fourth byte: copied, while those of three are written one by one.
+        pixels = np.frombuffer(band.tobytes("raw", "RGBX"), np.uint8).reshape(m, width, 4)
+        kernels.turn(pixels, turned)
         for coefficients, columns, rows in zip(across, turned_rows, narrowed, strict=True):
             kernels.resize_rows(turned.reshape(width, -1), *coefficients, columns.reshape(-1, 3 * BAND))
-            for channel in range(3):
-                rows[top : top + m, channel] = columns[:, channel, :m].T
+            kernels.turn_back(columns, top, m, rows)
     resized = []
     for rows, (W, H) in zip(narrowed, sizes, strict=True):
         out = np.empty((H, 3, W), np.uint8)
@@ -91,11 +93,11 @@ def _compiled(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.n
     return resized
 
 
-def _bands(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
-    """(top, pixels `[up to BAND, w, 3]`) from top to bottom."""
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """(top, up to BAND rows) from top to bottom."""
     width, height = image.size
     for top in range(0, height, BAND):
-        yield top, np.asarray(image.crop((0, top, width, min(top + BAND, height))))
+        yield top, image.crop((0, top, width, min(top + BAND, height)))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -103,5 +105,5 @@ def _pixels(image: Image.Image) -> np.ndarray:
     width, height = image.size
     pixels = np.empty((height, width, 3), np.uint8)
     for top, band in _bands(image):
-        pixels[top : top + len(band)] = band
+        pixels[top : top + band.height] = np.asarray(band)
     return pixels
