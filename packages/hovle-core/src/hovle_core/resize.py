@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 # Rows taken out of Pillow at a time: they stay in the CPU's cache, and `np.array` writes a whole picture thrice.
 BAND = 128
+WORD, LONG_WORD = np.dtype("<u4"), np.dtype("<u8")
 # With fewer pixels than this, of the picture and of what it becomes, Pillow is done before numba is imported.
 SMALLEST_COMPILED = 2**20
 
@@ -73,37 +74,43 @@ def _compiled(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.n
 
     width, height = image.size
     across = [kernels.coefficients(width, W) for W, _ in sizes]
-    narrowed = [np.empty((height, 3, W), np.uint8) for W, _ in sizes]
+    narrowed = [np.empty((_eights(height), 3, _eights(W)), np.uint8) for W, _ in sizes]
     # A column of each channel is one line of bytes.
     turned = np.zeros((width, 3, BAND), np.uint8)
-    turned_rows = [np.empty((W, 3, BAND), np.uint8) for W, _ in sizes]
+    turned_rows = [np.zeros((_eights(W), 3, BAND), np.uint8) for W, _ in sizes]
     for top, band in _bands(image):
-        m = band.height
         # As Pillow keeps them, with a fourth byte: copied, while those of three are written one by one.
-        pixels = np.frombuffer(band.tobytes("raw", "RGBX"), np.uint8).reshape(m, width, 4)
-        kernels.turn(pixels, turned)
-        for coefficients, columns, rows in zip(across, turned_rows, narrowed, strict=True):
-            kernels.resize_rows(turned.reshape(width, -1), *coefficients, columns.reshape(-1, 3 * BAND))
-            kernels.turn_back(columns, top, m, rows)
+        pixels = np.frombuffer(band.tobytes("raw", "RGBX"), WORD).reshape(-1, width)
+        kernels.turn(pixels, turned.view(LONG_WORD))
+        for coefficients, columns, rows, (W, _) in zip(across, turned_rows, narrowed, sizes, strict=True):
+            out = columns.reshape(-1, 3 * BAND)[:W]
+            kernels.resize_rows(turned.reshape(width, -1), *coefficients, out)
+            kernels.turn_back(columns.view(LONG_WORD), top, len(pixels), rows.view(LONG_WORD))
     resized = []
     for rows, (W, H) in zip(narrowed, sizes, strict=True):
-        out = np.empty((H, 3, W), np.uint8)
-        kernels.resize_columns(rows.reshape(height, -1), *kernels.coefficients(height, H), out.reshape(H, -1))
-        resized.append(out.transpose(1, 0, 2))
+        out = np.empty((H, *rows.shape[1:]), np.uint8)
+        lines = rows.reshape(len(rows), -1)
+        kernels.resize_columns(lines, *kernels.coefficients(height, H), out.reshape(H, -1))
+        resized.append(out.transpose(1, 0, 2)[:, :, :W])
     return resized
 
 
+def _eights(length: int) -> int:
+    """`length` rounded up to a multiple of eight."""
+    return -(-length // 8) * 8
+
+
 def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """(top, up to BAND rows) from top to bottom."""
+    """(top, up to BAND rows) from top to bottom, whole eights: behind the last row come black ones."""
     width, height = image.size
     for top in range(0, height, BAND):
-        yield top, image.crop((0, top, width, min(top + BAND, height)))
+        yield top, image.crop((0, top, width, min(top + BAND, _eights(height))))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
     """RGB -> uint8 `[h, w, 3]`, one's own to write to."""
     width, height = image.size
-    pixels = np.empty((height, width, 3), np.uint8)
+    pixels = np.empty((_eights(height), width, 3), np.uint8)
     for top, band in _bands(image):
         pixels[top : top + band.height] = np.asarray(band)
-    return pixels
+    return pixels[:height]

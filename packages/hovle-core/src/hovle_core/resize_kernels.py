@@ -3,7 +3,8 @@
 A picture is resized by rows, then by columns, each time rounded to 8 bits. Both are weighted sums of lines of bytes,
 which compilers vectorise; for rows the picture is turned first, a band at a time, and turned back.
 
-Shapes: n lines, w pixels a row, R room for rows in a turned band, m of them filled, T taps at most.
+Shapes: n lines, w pixels a row, R room for rows in a turned band, m of them filled, T taps at most. What is turned is
+whole eights of lines and of bytes, as little-endian words.
 """
 
 import math
@@ -122,29 +123,62 @@ def resize_rows(
 
 
 @compiled
-def turn(pixels: np.ndarray, out: np.ndarray) -> None:
-    """Pixels of four bytes `[m, w, 4]` -> their first three `[w, 3, m of R]`, eight rows at a time."""
-    eights = len(pixels) // 8 * 8
-    for y in range(0, eights, 8):
-        for x in range(pixels.shape[1]):
-            for channel in range(3):
-                for j in range(8):
-                    out[x, channel, y + j] = pixels[y + j, x, channel]
-    for y in range(eights, len(pixels)):
-        for x in range(pixels.shape[1]):
-            for channel in range(3):
-                out[x, channel, y] = pixels[y, x, channel]
+def exchanged(a: np.uint64, b: np.uint64, mask: np.uint64, bits: np.uint64) -> tuple[np.uint64, np.uint64]:
+    """Of two words, the upper parts of the first for the lower parts of the second."""
+    change = ((a >> bits) ^ b) & mask
+    return a ^ (change << bits), b ^ change
 
 
 @compiled
-def turn_back(lines: np.ndarray, top: int, m: int, out: np.ndarray) -> None:
-    """A turned band `[w, 3, R]` -> rows `top` to `top + m` of `out [h, 3, w]`, eight at a time."""
-    eights = m // 8 * 8
+def turned(
+    a: np.uint64, b: np.uint64, c: np.uint64, d: np.uint64,
+    e: np.uint64, f: np.uint64, g: np.uint64, h: np.uint64,
+) -> tuple[np.uint64, ...]:  # fmt: skip
+    """Eight words of eight bytes, lowest first -> all their first bytes, all their second ones, ...
+
+    Transposed by halves: single bytes change places, then pairs, then fours.
+    """
+    mask, bits = np.uint64(0x00FF00FF00FF00FF), np.uint64(8)
+    a, b = exchanged(a, b, mask, bits)
+    c, d = exchanged(c, d, mask, bits)
+    e, f = exchanged(e, f, mask, bits)
+    g, h = exchanged(g, h, mask, bits)
+    mask, bits = np.uint64(0x0000FFFF0000FFFF), np.uint64(16)
+    a, c = exchanged(a, c, mask, bits)
+    b, d = exchanged(b, d, mask, bits)
+    e, g = exchanged(e, g, mask, bits)
+    f, h = exchanged(f, h, mask, bits)
+    mask, bits = np.uint64(0x00000000FFFFFFFF), np.uint64(32)
+    a, e = exchanged(a, e, mask, bits)
+    b, f = exchanged(b, f, mask, bits)
+    c, g = exchanged(c, g, mask, bits)
+    d, h = exchanged(d, h, mask, bits)
+    return a, b, c, d, e, f, g, h
+
+
+@compiled
+def turn(pixels: np.ndarray, out: np.ndarray) -> None:
+    """Pixels as words of four bytes `[m, w]` -> their first three, eight rows a word `[w, 3, m / 8 of R / 8]`."""
+    word = np.uint64
+    for i in range(len(pixels) // 8):
+        rows = pixels[8 * i : 8 * i + 8]
+        for x in range(pixels.shape[1]):
+            red, green, blue, _, _, _, _, _ = turned(
+                word(rows[0, x]), word(rows[1, x]), word(rows[2, x]), word(rows[3, x]),
+                word(rows[4, x]), word(rows[5, x]), word(rows[6, x]), word(rows[7, x]),
+            )  # fmt: skip
+            out[x, 0, i], out[x, 1, i], out[x, 2, i] = red, green, blue
+
+
+@compiled
+def turn_back(columns: np.ndarray, top: int, m: int, out: np.ndarray) -> None:
+    """A turned band, eight rows a word `[w, 3, R / 8]` -> `m` rows of `out [h, 3, w / 8]` from `top` on."""
     for channel in range(3):
-        for y in range(0, eights, 8):
-            for x in range(len(lines)):
-                for j in range(8):
-                    out[top + y + j, channel, x] = lines[x, channel, y + j]
-        for y in range(eights, m):
-            for x in range(len(lines)):
-                out[top + y, channel, x] = lines[x, channel, y]
+        for i in range(m // 8):
+            rows = out[top + 8 * i : top + 8 * i + 8]
+            for k in range(len(columns) // 8):
+                x = columns[8 * k : 8 * k + 8, channel, i]
+                (
+                    rows[0, channel, k], rows[1, channel, k], rows[2, channel, k], rows[3, channel, k],
+                    rows[4, channel, k], rows[5, channel, k], rows[6, channel, k], rows[7, channel, k],
+                ) = turned(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7])  # fmt: skip
