@@ -18,7 +18,7 @@ from hovle_train.failure import DiskFull, NonFiniteError, place_of
 from hovle_train.loop import Trainer
 from hovle_train.metrics import read_metrics
 from hovle_train.ray_trainer import run_local
-from hovle_train.runs import FAILED_FILE
+from hovle_train.runs import FAILED_FILE, is_finished
 from hovle_train.runtime import Runtime
 
 
@@ -97,6 +97,35 @@ def test_sigterm_stops_behind_a_checkpoint_with_a_code_of_its_own(
     assert checkpoint.read_state(kept)["step"] < 39
     assert main(["train", str(path), "--local"]) == 0
     assert_same(stopped, final_weights(whole))
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "doing"),
+    [
+        ("distillation", {"teacher": {"name": "grid"}, "cache_features": True}, "_progress"),
+        ("alignment", None, "prepare"),
+    ],
+)
+def test_sigterm_while_a_run_is_prepared_stops_it_there(
+    stage, options, doing, make_recipe, plugins, no_harm, monkeypatch
+):
+    recipe = make_recipe(stage, options=options, train={"steps": 2})
+    inner = getattr(Trainer, doing)
+
+    def be_asked(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        inner(*args)
+
+    with monkeypatch.context() as patched, failure.stop_on_sigterm(recipe.path, threading.Event()):
+        patched.setattr(Trainer, doing, be_asked)
+        with pytest.raises(failure.Stopped, match="stopped before the first step"):
+            Trainer(recipe, plugins, Runtime()).run()
+    assert not (recipe.path / "metrics.jsonl").exists()
+    assert not (recipe.path / "checkpoints").exists()
+    if doing == "_progress":  # not all features were waited for
+        assert not (recipe.path / "teacher_features" / "index.json").exists()
+    Trainer(recipe, plugins, Runtime()).run()
+    assert is_finished(recipe.path)
 
 
 @pytest.mark.parametrize("damage", ["another byte", "cut", "no state", "another step"])

@@ -22,7 +22,7 @@ from typing import Self
 from safetensors import SafetensorError
 
 from hovle_train.lock import is_running
-from hovle_train.runs import FAILED_FILE, write_text
+from hovle_train.runs import CHECKPOINTS, FAILED_FILE, write_text
 from hovle_train.runtime import Runtime
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again.
@@ -34,14 +34,15 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop (SIGTERM) and did, behind a checkpoint; the process exits with EXIT_STOPPED."""
+    """The run was asked to stop (SIGTERM) and did, with nothing lost; the process exits with EXIT_STOPPED."""
 
     def __init__(self, run_dir: Path):
         super().__init__(EXIT_STOPPED)
         self.run_dir = run_dir
 
     def __str__(self) -> str:
-        return f"stopped behind a checkpoint in {self.run_dir}; the same command continues"
+        where = "behind a checkpoint" if (self.run_dir / CHECKPOINTS).is_dir() else "before the first step"
+        return f"stopped {where} in {self.run_dir}; the same command continues"
 
 
 class NonFiniteError(FloatingPointError, ValueError):
@@ -54,7 +55,7 @@ class DiskFull(ValueError):
 
 @contextmanager
 def stop_on_sigterm(run_dir: Path, asked: threading.Event) -> Iterator[None]:
-    """Within: SIGTERM asks the run in `run_dir` to stop behind its next step, and sets `asked`.
+    """Within: SIGTERM asks the run in `run_dir` to stop behind its next step, or before the first, and sets `asked`.
 
     The request is a file, since a run's folder is what all its workers share; one of an earlier start is dropped.
     Does nothing outside of the main thread, where Python takes no signals.

@@ -115,7 +115,7 @@ class Trainer:
         if self.remote is not None and self.runtime.is_main:
             self.remote.check()
         self.prepare()
-        self.runtime.barrier()  # rank 0 had more to do; the others' watchdogs start behind it
+        self.stop_before_steps()  # all ranks wait here, where rank 0 had more to do: watchdogs start behind it
         first = self.resume()
         ledger = Ledger(
             Ledger.rank_path(self.recipe.path, self.runtime.rank),
@@ -204,6 +204,12 @@ class Trainer:
         if self.runtime.is_main:
             truncate_metrics(self.recipe.path / METRICS_FILE, first - 1)
         return first
+
+    def stop_before_steps(self) -> None:
+        """Raise Stopped, on all ranks, if the run was asked to stop while it was prepared: it has nothing to save."""
+        asked = self.runtime.is_main and asked_to_stop(self.recipe.path)
+        if self.runtime.sum({"stop": float(asked)})["stop"]:
+            raise Stopped(self.recipe.path)
 
     @property
     def remembering(self) -> list[torch.optim.Optimizer]:
@@ -309,5 +315,10 @@ class Trainer:
             raise Stopped(self.recipe.path)
 
     def _progress(self, what: str, done: int, total: int) -> None:
-        """Long work before the first step, for whoever follows the run's folder."""
+        """Long work before the first step, for whoever follows the run's folder, or wants it to stop.
+
+        Of several ranks the others wait for this one, and hear of it when it is done.
+        """
+        if self.runtime.world_size == 1:
+            self.stop_before_steps()
         (self.recipe.path / STATUS_FILE).write_text(f"{what} {done:,} of {total:,}")
