@@ -1,9 +1,10 @@
 """Loss and backward at the released vocabulary: what stages and `model(labels=...)` use, against all logits.
 
 4,096 tokens with a quarter of them targets, hidden size 2048, vocabulary 92,553. Each side runs in a child process of
-its own, plain and ours by turns. Memory is how far the child's peak resident set (ru_maxrss) rises over what it holds
-before the first step: gradients count, weights do not. Time is the faster of two steps. Under bfloat16 autocast only
-where the CPU is fast at it: elsewhere, where nothing of ours uses it, each of those steps takes minutes.
+its own, one after the other: only a process tells its peak. Memory is how far the child's peak resident set
+(ru_maxrss) rises over what it holds before the first step: gradients count, weights do not. Time is the faster of two
+steps. Under bfloat16 autocast only where the CPU is fast at it: elsewhere, where nothing of ours uses it, each of those
+steps takes minutes.
 """
 
 import json
@@ -35,7 +36,7 @@ def plain_loss(
 
 
 def child(side: str, precision: str, folder: str) -> None:
-    """One side: prints its peak and time, leaves its gradients (the head's as 4 random projections) in `folder`."""
+    """One side: prints its peak and time, leaves its gradients in `folder`."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=0, num_attention_heads=16, tie_word_embeddings=True
@@ -59,11 +60,8 @@ def child(side: str, precision: str, folder: str) -> None:
         seconds.append(time.perf_counter() - start)
         del loss
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    directions = torch.randn(HIDDEN, 4) / HIDDEN**0.5
-    save_file(
-        {"hidden": hidden.grad, "head": model.lm_head.weight.grad @ directions},
-        Path(folder) / f"{side}.safetensors",
-    )
+    gradients = {"hidden": hidden.grad, "head": model.lm_head.weight.grad}
+    save_file(gradients, Path(folder) / f"{side}.safetensors")
     print(json.dumps({"bytes": peak - before, "seconds": min(seconds)}))
 
 

@@ -1,5 +1,6 @@
 """Our resizes against Pillow's own: whatever the shape, the exact one gives the same bytes."""
 
+import errno
 import random
 
 import numpy as np
@@ -70,6 +71,16 @@ def test_small_pictures_and_those_without_numba_are_left_to_pillow(monkeypatch):
     monkeypatch.setattr(resize, "_has_numba", lambda: False)
     image = noise(1200, 1000)
     np.testing.assert_array_equal(resize_exact(image, [(56, 56)])[0], pillow(image, (56, 56)))
+
+
+def test_a_full_disk_for_numbas_cache_leaves_it_to_pillow(always_compiled, monkeypatch, caplog):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(resize, "_compiled", full)
+    image = noise(100, 100)
+    np.testing.assert_array_equal(resize_exact(image, [(56, 56)])[0], pillow(image, (56, 56)))
+    assert "NUMBA_CACHE_DIR" in caplog.text
 
 
 def test_close_is_close():

@@ -11,10 +11,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForImageTextToText
 
 from hovle_core import HovleForConditionalGeneration, HovleProcessor
 from hovle_core.cli import main
+from hovle_core.fusion import place_image_tokens
 from hovle_core.testing import tiny_hovle, tiny_llm, tiny_processor, tiny_tokenizer
 
 
@@ -105,6 +107,15 @@ def test_device_map_splits_both_stacks_and_no_block(model, folder, inputs, tmp_p
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     assert torch.equal(split.generate(**inputs, **options), model.generate(**inputs, **options))
     assert_same(AutoModelForImageTextToText.from_pretrained(folder, device_map="auto"), model)
+
+
+@pytest.mark.parametrize(("table", "patches"), [("cpu", "cuda:0"), ("cuda:0", "cuda:1")])
+def test_image_tokens_come_from_another_device(table, patches):
+    """As PyTorch's compiler sees devices that are not here."""
+    with FakeTensorMode():
+        embeds, tokens = torch.empty(1, 4, 8, device=table), torch.empty(2, 8, device=patches)
+        is_image = torch.ones(1, 4, dtype=torch.bool, device=table)
+        assert place_image_tokens(embeds, is_image, tokens).device == torch.device(table)
 
 
 def test_device_map_auto_fits_any_budget(folder, tmp_path):

@@ -71,6 +71,9 @@ class HolisticEmbeddingConfig(PreTrainedConfig):
         self.image_mean, self.image_std = list(self.image_mean), list(self.image_std)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.pixel_shuffle_loc not in PIXEL_SHUFFLE_LOCATIONS:

@@ -12,7 +12,7 @@ from transformers import Cache, GenerationMixin
 from transformers.masking_utils import create_causal_mask
 
 from hovle_core.cache import check_room, is_padded
-from hovle_core.config import HovleConfig
+from hovle_core.config import ATTENTION, HovleConfig
 from hovle_core.fusion import Expansion, after_cache, check_placeholders, expand_placeholders, text_step
 from hovle_core.holistic_embedding import HolisticEmbedding
 
@@ -71,7 +71,12 @@ class HovleGenerationMixin(GenerationMixin):
     embedding: HolisticEmbedding
 
     def _split_cache(self, cache: Cache) -> tuple[Cache, Cache]:
-        return split_cache(cache, self.config.text_config.num_hidden_layers)
+        blocks, llm = self.config.embedding_config, self.config.text_config.num_hidden_layers
+        layer = getattr(cache, "layer_class_to_replicate", None)
+        if not cache.layers and layer is not None and blocks.token_mixer == ATTENTION:
+            # A `DynamicCache()`, which takes layers as they come; the blocks come first, and theirs are the last ones.
+            cache.layers.extend(layer() for _ in range(llm + blocks.num_hidden_layers))
+        return split_cache(cache, llm)
 
     def _is_image(self, tokens: Tensor) -> Tensor:
         """Where the placeholders are, `[B, T]`; `tokens` are `input_ids [B, T]` or `inputs_embeds [B, T, D]`."""
@@ -107,7 +112,8 @@ class HovleGenerationMixin(GenerationMixin):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         T = tokens.shape[1]
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+            # A part of all positions has other strides in each step, for which torch.compile would compile again.
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:].contiguous()
         return (torch.arange(T, device=tokens.device) + past).unsqueeze(0)
 
     def prepare_inputs_for_generation(

@@ -222,7 +222,7 @@ class HolisticEmbedding(PreTrainedModel):
             expansion.position_ids,
             past_key_values,
             None if images is None else wide_is_image,
-        )
+        ).to(x.device)  # the last block may be on another one
         if past_key_values is not None and not past:
             note_padding(past_key_values, padded)
         assert expansion.source is not None

@@ -7,6 +7,7 @@ through `hovle_core.resize_kernels`, which does the same sums many at a time: th
 Shapes: h, w of the picture; H, W of what it is resized to.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -16,6 +17,8 @@ import torch
 from PIL import Image
 from PIL import __version__ as pillow_version
 from torch.nn import functional as F
+
+logger = logging.getLogger(__name__)
 
 # Rows taken out of Pillow at a time: they stay in the CPU's cache, and `np.array` writes a whole picture thrice.
 BAND = 128
@@ -32,7 +35,17 @@ def resize_exact(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[n
     alike = [size for size in sizes if not vertical_first(image.size, size)]
     # Once one size is large enough to have numba loaded, the small ones are quicker so, too.
     compiled = alike if any(_is_large(image.size, size) for size in alike) and _has_numba() else []
-    resized = dict(zip(compiled, _compiled(image, compiled), strict=True)) if compiled else {}
+    resized: dict[tuple[int, int], np.ndarray] = {}
+    if compiled:
+        image.load()  # what is wrong with the picture is raised here
+        try:
+            resized = dict(zip(compiled, _compiled(image, compiled), strict=True))
+        except OSError as error:
+            logger.warning(
+                "Pillow resizes this picture, more slowly: numba could not keep what it compiled (%s). "
+                "NUMBA_CACHE_DIR names another folder for it",
+                error,
+            )
     for size in sizes:
         if size not in resized:
             resized[size] = _pixels(image.resize(size, Image.Resampling.BICUBIC)).transpose(2, 0, 1)
