@@ -5,11 +5,12 @@ the same precision. The others are the command itself, on Ray and with `--local`
 stops, checks, metrics of every step, reports to Ray. The model has the size of the demo's.
 
 They take turns of a few steps, since a shared machine drifts by more in a minute than what is measured here: while one
-computes, the others, with all of Ray's processes, are stopped (SIGSTOP). A turn's first steps do not count. `ratio`,
-and `ratio_local` without Ray, are medians over turns of the command's steps by the bare ones before and after: what the
-host takes for others falls on single turns of any. `_error` is the standard error, `_mean` the mean with those turns.
-Also: how long a step on Ray waits for data, and the time from the command to its first step. About eight minutes on two
-cores.
+computes, the others, with all of Ray's processes, are stopped (SIGSTOP). A turn's first steps do not count. Two
+processes of one program differ, too, by where their memory came to lie and for as long as they live: all start anew a
+few times. `ratio`, and `ratio_local` without Ray, are means over these starts of the median turn, the command's steps
+by the bare ones before and after: what the host takes for others falls on single turns of any. `_error` is the
+standard error over starts. Also: how long a step on Ray waits for data, and the time from the command to its first
+step. About twelve minutes on two cores.
 """
 
 import io
@@ -50,7 +51,7 @@ SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4,
 DTYPE = str(resolve_precision("auto", torch.device("cpu"))).removeprefix("torch.")
 # A step takes about half a second, and a turn so long that what Ray catches up with at its beginning is over.
 SAMPLES = {"bfloat16": 64, "float32": 16}[DTYPE]
-TURNS, STEPS_A_TURN, UNCOUNTED, RUN = 16, 16, 4, 4
+STARTS, TURNS, STEPS_A_TURN, UNCOUNTED = 3, 5, 16, 4
 STEPS = 1000  # more than any comes to: all are ended in the middle
 CAPTION = "a picture of noise, one of many like it, with nothing in it that anybody could name"
 
@@ -171,7 +172,8 @@ def seconds(turn: list[dict[str, Any]]) -> float:
     return statistics.fmean(SAMPLES / line["samples_per_s"] for line in turn)
 
 
-def compare(folder: Path) -> dict[str, float]:
+def compare(folder: Path, ratios: dict[str, list[list[float]]]) -> tuple[float, float]:
+    """One start of all: appends each command's ratios by turn; data wait share and seconds to the first step on Ray."""
     hovle_train = [sys.executable, "-m", "hovle_core.cli", "train"]
     commands = {
         "bare": [sys.executable, __file__, str(folder)],
@@ -188,43 +190,49 @@ def compare(folder: Path) -> dict[str, float]:
         for runner in runners.values():  # the first steps are slower
             runner.turn()
         before, waits = seconds(runners["bare"].turn()), []
-        ratios: dict[str, list[float]] = {"ray": [], "local": []}
+        for of_starts in ratios.values():
+            of_starts.append([])
         for _ in range(TURNS):
             turns = {name: runners[name].turn() for name in ratios}
             after = seconds(runners["bare"].turn())
             for name, turn in turns.items():
-                ratios[name].append(2 * seconds(turn) / (before + after))
+                ratios[name][-1].append(2 * seconds(turn) / (before + after))
             waits += [line["data_wait_share"] for line in turns["ray"]]
-            print("  ".join(f"{name} {values[-1]:.3f}" for name, values in ratios.items()), flush=True)
+            print("  ".join(f"{name} {values[-1][-1]:.3f}" for name, values in ratios.items()), flush=True)
             before = after
-    return {
-        **averages("ratio", ratios["ray"]),
-        **averages("ratio_local", ratios["local"]),
-        "data_wait_share": round(statistics.fmean(waits), 4),
-        "first_step_s": round(first["ray"], 1),
-    }
+    return statistics.fmean(waits), first["ray"]
 
 
-def averages(name: str, ratios: list[float]) -> dict[str, float]:
-    """Median, its standard error by bootstrap over runs of turns, since neighbours share a bare one, and mean."""
-    draw = np.random.default_rng(0)
-    runs = np.lib.stride_tricks.sliding_window_view(np.array(ratios), RUN)
-    medians = [float(np.median(draw.choice(runs, len(ratios) // RUN))) for _ in range(1000)]
+def averages(name: str, ratios: list[list[float]]) -> dict[str, float]:
+    """Mean over starts of their median turns, and its standard error."""
+    medians = [statistics.median(turns) for turns in ratios]
     return {
-        name: round(statistics.median(ratios), 3),
-        f"{name}_error": round(statistics.stdev(medians), 3),
-        f"{name}_mean": round(statistics.fmean(ratios), 3),
+        name: round(statistics.fmean(medians), 3),
+        f"{name}_error": round(statistics.stdev(medians) / len(medians) ** 0.5, 3),
     }
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is stopped is ended
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as temporary:
-        make_world(Path(temporary))
-        result = compare(Path(temporary))
-    about = {"threads": torch.get_num_threads(), "dtype": DTYPE}
-    print(json.dumps({"benchmark": "train_loop", **result, **about}))
+    ratios: dict[str, list[list[float]]] = {"ray": [], "local": []}
+    waits, first_steps = [], []
+    for _ in range(STARTS):
+        with tempfile.TemporaryDirectory() as temporary:
+            make_world(Path(temporary))
+            wait, first_step = compare(Path(temporary), ratios)
+        waits.append(wait)
+        first_steps.append(first_step)
+    result = {
+        "benchmark": "train_loop",
+        **averages("ratio", ratios["ray"]),
+        **averages("ratio_local", ratios["local"]),
+        "data_wait_share": round(statistics.fmean(waits), 4),
+        "first_step_s": round(statistics.median(first_steps), 1),
+        "threads": torch.get_num_threads(),
+        "dtype": DTYPE,
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
