@@ -114,7 +114,7 @@ def test_image_tokens_come_from_another_device(table, patches):
     """As PyTorch's compiler sees devices that are not here."""
     with FakeTensorMode():
         embeds, tokens = torch.empty(1, 4, 8, device=table), torch.empty(2, 8, device=patches)
-        is_image = torch.ones(1, 4, dtype=torch.bool, device=table)
+        is_image = torch.ones(1, 4, dtype=torch.bool, device="cpu")
         assert place_image_tokens(embeds, is_image, tokens).device == torch.device(table)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache, TextIteratorStreamer
 
 from hovle_core import HovleForConditionalGeneration
+from hovle_core.cache import GrowingLayer
 from hovle_core.testing import tiny_embedding_config, tiny_hovle, tiny_processor, tiny_tokenizer
 
 NEW = 8
@@ -103,7 +104,15 @@ def test_a_dynamic_cache_that_knows_no_config(model, batch, expected):
     check(with_logits(model, **batch, past_key_values=DynamicCache()), expected)
     cache = DynamicCache()
     model(**batch, past_key_values=cache)
-    assert len(cache.layers) == len(model.embedding.layers) + len(model.language_model.model.layers)
+    blocks_and_layers = len(model.embedding.layers) + len(model.language_model.model.layers)
+    assert [type(layer) for layer in cache.layers] == [GrowingLayer] * blocks_and_layers
+
+
+@pytest.mark.parametrize("options", [{}, STATIC], ids=["dynamic", "static"])
+def test_a_baseline_without_blocks(processor, batch, options):
+    model = sharp(tiny_hovle(processor.tokenizer, num_hidden_layers=0))
+    cached = model.generate(**batch, **GREEDY, **options)
+    assert torch.equal(cached, model.generate(**batch, **GREEDY, use_cache=False))
 
 
 def test_a_static_cache_of_the_users_own(model, processor, prompts, expected):

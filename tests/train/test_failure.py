@@ -91,7 +91,7 @@ def test_sigterm_stops_behind_a_checkpoint_with_a_code_of_its_own(
         main(["train", str(path), "--local"])
     killer.join()
     assert exit_.value.code == failure.EXIT_STOPPED == 75
-    assert "stopped behind a checkpoint" in capsys.readouterr().err
+    assert "stopped as asked" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is no_harm
     (kept,) = checkpoint.complete_checkpoints(stopped.path / "checkpoints")
     assert checkpoint.read_state(kept)["step"] < 39
@@ -118,7 +118,7 @@ def test_sigterm_while_a_run_is_prepared_stops_it_there(
 
     with monkeypatch.context() as patched, failure.stop_on_sigterm(recipe.path, threading.Event()):
         patched.setattr(Trainer, doing, be_asked)
-        with pytest.raises(failure.Stopped, match="stopped before the first step"):
+        with pytest.raises(failure.Stopped, match="stopped as asked"):
             Trainer(recipe, plugins, Runtime()).run()
     assert not (recipe.path / "metrics.jsonl").exists()
     assert not (recipe.path / "checkpoints").exists()

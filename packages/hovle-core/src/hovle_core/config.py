@@ -89,6 +89,10 @@ class HolisticEmbeddingConfig(PreTrainedConfig):
             )
         if self.num_hidden_layers < 0:
             raise ValueError(f"num_hidden_layers must not be negative, got {self.num_hidden_layers}")
+        if self.num_hidden_layers == 0 and self.pixel_shuffle_loc == "post":
+            raise ValueError(
+                "pixel_shuffle_loc 'post' shuffles behind the blocks, and num_hidden_layers is 0: use 'pre'"
+            )
         if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must divide by num_attention_heads {self.num_attention_heads}, "

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 def place_image_tokens(embeds: Tensor, is_image: Tensor, image_tokens: Tensor) -> Tensor:
     """`embeds [B, T, D]` with the rows where `is_image [B, T]` replaced by `image_tokens [M, D]`, in order.
 
-    `image_tokens` may be of another device: a `device_map` puts each part of the embedding somewhere.
+    All may be of other devices: a `device_map` puts each part of the embedding somewhere.
     """
-    return embeds.masked_scatter(is_image.unsqueeze(-1), image_tokens.to(embeds))
+    return embeds.masked_scatter(is_image.to(embeds.device).unsqueeze(-1), image_tokens.to(embeds))
 
 
 def number_images(is_image: Tensor, position_ids: Tensor, past: int = 0) -> Tensor:

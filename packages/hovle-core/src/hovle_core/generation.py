@@ -21,16 +21,16 @@ from hovle_core.holistic_embedding import HolisticEmbedding
 ADAPTER_ROUNDING = 2**-18
 
 
-def split_cache(cache: Cache, num_llm_layers: int) -> tuple[Cache, Cache]:
+def split_cache(cache: Cache, num_llm_layers: int, num_blocks: int) -> tuple[Cache, Cache]:
     """One cache as two views that share its layers: the embedding blocks' and the LLM's.
 
     The LLM's layers come first, so that the whole cache's length is that of `input_ids` for `generate`, also for
     HoVLE-HD, whose blocks cache more tokens than the LLM. Raises ValueError for a cache without its layers.
     """
-    if len(cache.layers) <= num_llm_layers:
+    if len(cache.layers) < num_llm_layers + num_blocks:
         raise ValueError(
-            f"past_key_values has {len(cache.layers)} layers, fewer than the LLM's {num_llm_layers} and the embedding "
-            "blocks'; make it with DynamicCache(config=model.config)"
+            f"past_key_values has {len(cache.layers)} layers, fewer than the LLM's {num_llm_layers} and the "
+            f"{num_blocks} of the embedding blocks; make it with DynamicCache(config=model.config)"
         )
     return Cache(layers=cache.layers[num_llm_layers:]), Cache(layers=cache.layers[:num_llm_layers])
 
@@ -70,13 +70,20 @@ class HovleGenerationMixin(GenerationMixin):
     config: HovleConfig
     embedding: HolisticEmbedding
 
-    def _split_cache(self, cache: Cache) -> tuple[Cache, Cache]:
+    def _give_layers(self, cache: Cache) -> None:
+        """Layers for a `DynamicCache()`, which takes them as they come: the blocks come first, and theirs are the last
+        ones. A token mixer's are of a kind that only `DynamicCache(config=model.config)` knows."""
         blocks, llm = self.config.embedding_config, self.config.text_config.num_hidden_layers
         layer = getattr(cache, "layer_class_to_replicate", None)
         if not cache.layers and layer is not None and blocks.token_mixer == ATTENTION:
-            # A `DynamicCache()`, which takes layers as they come; the blocks come first, and theirs are the last ones.
             cache.layers.extend(layer() for _ in range(llm + blocks.num_hidden_layers))
-        return split_cache(cache, llm)
+
+    def _split_cache(self, cache: Cache) -> tuple[Cache, Cache]:
+        self._give_layers(cache)
+        config = self.config
+        return split_cache(
+            cache, config.text_config.num_hidden_layers, config.embedding_config.num_hidden_layers
+        )
 
     def _is_image(self, tokens: Tensor) -> Tensor:
         """Where the placeholders are, `[B, T]`; `tokens` are `input_ids [B, T]` or `inputs_embeds [B, T, D]`."""

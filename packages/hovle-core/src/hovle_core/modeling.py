@@ -253,6 +253,7 @@ class HovleForConditionalGeneration(PreTrainedModel, HovleGenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         blocks_cache = llm_cache = None
         if past_key_values is not None:
+            self._give_layers(past_key_values)
             grow_in_place(past_key_values)
             hold_states(
                 past_key_values, self.config.text_config.num_hidden_layers, self.embedding.recurrent_layers

@@ -41,10 +41,9 @@ def resize_exact(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[n
         try:
             resized = dict(zip(compiled, _compiled(image, compiled), strict=True))
         except OSError as error:
-            logger.warning(
-                "Pillow resizes this picture, more slowly: numba could not keep what it compiled (%s). "
-                "NUMBA_CACHE_DIR names another folder for it",
-                error,
+            _warn_once(
+                f"Pillow resizes pictures now, more slowly: numba could not keep what it compiled ({error}). "
+                "NUMBA_CACHE_DIR names another folder for it"
             )
     for size in sizes:
         if size not in resized:
@@ -70,6 +69,12 @@ def vertical_first(source: tuple[int, int], target: tuple[int, int]) -> bool:
     """
     (w, h), (W, H) = source, target
     return int(pillow_version.split(".")[0]) >= 13 and h > H and h - H > 2 * (w - W)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """numba raises once for each of its functions, and works from then on without having kept them."""
+    logger.warning(message)
 
 
 @cache

@@ -146,7 +146,7 @@ def train(
     """Run a recipe to its end with a progress bar, resuming what is there; says so if it is finished already.
 
     `label`: what to call it, else its stage's kind. `asked`: set by SIGTERM. Raises Stopped, which ends the process
-    with code 75, if that stopped the run behind a checkpoint, and LanguageLost for one past its bounds.
+    with code 75, if that stopped the run, and LanguageLost for one past its bounds.
     """
     import torch
     from rich.console import Console

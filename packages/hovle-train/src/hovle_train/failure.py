@@ -22,7 +22,7 @@ from typing import Self
 from safetensors import SafetensorError
 
 from hovle_train.lock import is_running
-from hovle_train.runs import CHECKPOINTS, FAILED_FILE, write_text
+from hovle_train.runs import FAILED_FILE, write_text
 from hovle_train.runtime import Runtime
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again.
@@ -34,15 +34,15 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop (SIGTERM) and did, with nothing lost; the process exits with EXIT_STOPPED."""
+    """The run was asked to stop (SIGTERM) and did, behind a checkpoint or before its first step; the process exits
+    with EXIT_STOPPED."""
 
     def __init__(self, run_dir: Path):
         super().__init__(EXIT_STOPPED)
         self.run_dir = run_dir
 
     def __str__(self) -> str:
-        where = "behind a checkpoint" if (self.run_dir / CHECKPOINTS).is_dir() else "before the first step"
-        return f"stopped {where} in {self.run_dir}; the same command continues"
+        return f"stopped as asked, in {self.run_dir}; the same command continues"
 
 
 class NonFiniteError(FloatingPointError, ValueError):
@@ -58,7 +58,7 @@ def stop_on_sigterm(run_dir: Path, asked: threading.Event) -> Iterator[None]:
     """Within: SIGTERM asks the run in `run_dir` to stop behind its next step, or before the first, and sets `asked`.
 
     The request is a file, since a run's folder is what all its workers share; one of an earlier start is dropped.
-    Does nothing outside of the main thread, where Python takes no signals.
+    Outside of the main thread Python takes no signals.
     """
     request = run_dir / STOP_FILE
 
@@ -66,11 +66,11 @@ def stop_on_sigterm(run_dir: Path, asked: threading.Event) -> Iterator[None]:
         request.touch()
         asked.set()
 
+    run_dir.mkdir(parents=True, exist_ok=True)
+    request.unlink(missing_ok=True)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    request.unlink(missing_ok=True)
     before = signal.signal(signal.SIGTERM, ask)
     try:
         yield

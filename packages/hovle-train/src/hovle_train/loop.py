@@ -91,8 +91,8 @@ class Trainer:
         """Train to the last step and export; does nothing if the run is finished already.
 
         Raises NonFiniteError before the update if a loss or gradient is not finite, ValueError if the recipe
-        changed since the checkpoint, DiskFull, Stopped behind a checkpoint if somebody asked for it, and whatever the
-        data raises.
+        changed since the checkpoint, DiskFull, Stopped behind a checkpoint or before the first step if somebody asked
+        for it, and whatever the data raises.
         """
         with clear_disk_errors(self.recipe.path):
             self._run()

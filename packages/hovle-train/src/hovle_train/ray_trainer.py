@@ -96,8 +96,8 @@ def run_on_ray(recipe: Recipe, asked: threading.Event | None = None) -> None:
     A worker that dies is restarted up to `resources.max_failures` times and resumes from the newest checkpoint in
     `run_dir`, which all workers must share. Raises ray.train's TrainingFailedError after that. What a restart cannot
     mend (a bad recipe, unreadable data, a full disk, a loss that is not finite, a rank that hangs) is not tried again,
-    and raises RecipeError. SIGTERM to this process sets `asked`, stops all workers behind a checkpoint and raises
-    Stopped.
+    and raises RecipeError. SIGTERM to this process sets `asked`, stops all workers behind a checkpoint or before the
+    first step, and raises Stopped.
     """
     asked = asked or threading.Event()
     start_ray()
@@ -118,7 +118,7 @@ def run_on_ray(recipe: Recipe, asked: threading.Event | None = None) -> None:
         "ray": own_ray() if alone else [],
     }
     attempt = secrets.token_hex(8)
-    pool = _start_pool(recipe)
+    pool: list[Any] = []
     trainer = TorchTrainer(
         _worker,
         train_loop_config={**config, "attempt": attempt},
@@ -147,6 +147,7 @@ def run_on_ray(recipe: Recipe, asked: threading.Event | None = None) -> None:
     )
     try:
         with stop_on_sigterm(recipe.path, asked):
+            pool += _start_pool(recipe)
             trainer.fit()
     finally:
         for teacher in pool:
