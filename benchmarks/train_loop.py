@@ -9,8 +9,9 @@ computes, the others, with all of Ray's processes, are stopped (SIGSTOP). A turn
 processes of one program differ, too, by where their memory came to lie and for as long as they live: all start anew a
 few times. `ratio`, and `ratio_local` without Ray, are means over these starts of the median turn, the command's steps
 by the bare ones before and after: what the host takes for others falls on single turns of any. `_error` is the
-standard error over starts. Also: how long a step on Ray waits for data, and the time from the command to its first
-step. About twelve minutes on two cores.
+standard error over starts. In `ratio` a step computes on all cores, and what Ray's processes need is taken from it;
+in `ratio_spare_core` all compute on one core less, which is Ray's, as where a GPU computes. Also: how long a step on
+Ray waits for data, and the time from the command to its first step. About 25 minutes on two cores.
 """
 
 import io
@@ -49,8 +50,9 @@ from hovle_train.runtime import Runtime
 
 SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4}
 DTYPE = str(resolve_precision("auto", torch.device("cpu"))).removeprefix("torch.")
+CORES = torch.get_num_threads()
 # A step takes about half a second, and a turn so long that what Ray catches up with at its beginning is over.
-SAMPLES = {"bfloat16": 64, "float32": 16}[DTYPE]
+SAMPLES_A_CORE = {"bfloat16": 32, "float32": 8}[DTYPE]
 STARTS, TURNS, STEPS_A_TURN, UNCOUNTED = 3, 5, 16, 4
 STEPS = 1000  # more than any comes to: all are ended in the middle
 CAPTION = "a picture of noise, one of many like it, with nothing in it that anybody could name"
@@ -74,7 +76,7 @@ def make_world(folder: Path) -> None:
     write_shards(samples, folder / "pairs")
 
 
-def recipe(folder: Path, name: str) -> dict[str, Any]:
+def recipe(folder: Path, name: str, threads: int = CORES) -> dict[str, Any]:
     return {
         "stage": {"name": "instruction_tuning"},
         "run_dir": str(folder / name),
@@ -85,8 +87,8 @@ def recipe(folder: Path, name: str) -> dict[str, Any]:
         },
         "data": {"sources": [{"path": str(folder / "pairs")}]},
         "optim": {"lr": 1e-3},
-        "train": {"steps": STEPS, "global_batch_size": SAMPLES, "log_every": 1},
-        "resources": {"cpus_per_worker": torch.get_num_threads()},
+        "train": {"steps": STEPS, "global_batch_size": SAMPLES_A_CORE * threads, "log_every": 1},
+        "resources": {"cpus_per_worker": threads},
         "observers": {"wandb": "disabled"},
     }
 
@@ -94,7 +96,9 @@ def recipe(folder: Path, name: str) -> dict[str, Any]:
 def bare_loop(folder: Path) -> None:
     """The loop without anything around it but the loader; writes a line of metrics a step."""
     torch.manual_seed(0)
-    trainer = Trainer(parse_recipe(recipe(folder, "bare")), load_plugins(), Runtime())
+    trainer = Trainer(
+        parse_recipe(recipe(folder, "bare", torch.get_num_threads())), load_plugins(), Runtime()
+    )
     trainer.prepare()
     set_train_mode(trainer.module)
     writer = MetricsWriter(trainer.recipe.path / METRICS_FILE)
@@ -112,19 +116,20 @@ def bare_loop(folder: Path) -> None:
                 optimizer.zero_grad(set_to_none=True)
             trainer.weights.publish()
             now = time.perf_counter()
-            writer.write(step, {"samples_per_s": SAMPLES / (now - start)})
+            writer.write(step, {"samples_per_s": trainer.recipe.train.global_batch_size / (now - start)})
             start = now
 
 
 class Runner:
     """A training process with all of its children, stopped but for its turns."""
 
-    def __init__(self, command: list[str], run_dir: Path):
+    def __init__(self, command: list[str], run_dir: Path, threads: int):
         self.metrics = run_dir / METRICS_FILE
         self._log = run_dir.with_suffix(".log")
         self._start = time.perf_counter()
         with self._log.open("w") as log:
-            self._process = psutil.Popen(command, stdout=log, stderr=log)
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            self._process = psutil.Popen(command, stdout=log, stderr=log, env=environment)
 
     def start(self) -> float:
         """Wait for the first step; seconds that it took."""
@@ -169,11 +174,13 @@ class Runner:
 
 
 def seconds(turn: list[dict[str, Any]]) -> float:
-    return statistics.fmean(SAMPLES / line["samples_per_s"] for line in turn)
+    """Mean time that a sample takes in these steps."""
+    return statistics.fmean(1 / line["samples_per_s"] for line in turn)
 
 
-def compare(folder: Path, ratios: dict[str, list[list[float]]]) -> tuple[float, float]:
+def compare(folder: Path, threads: int, ratios: dict[str, list[list[float]]]) -> tuple[float, float]:
     """One start of all: appends each command's ratios by turn; data wait share and seconds to the first step on Ray."""
+    make_world(folder)
     hovle_train = [sys.executable, "-m", "hovle_core.cli", "train"]
     commands = {
         "bare": [sys.executable, __file__, str(folder)],
@@ -182,9 +189,9 @@ def compare(folder: Path, ratios: dict[str, list[list[float]]]) -> tuple[float, 
     }
     with ExitStack() as ending:
         runners, first = {}, {}
-        for name, command in commands.items():
-            (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe(folder, name)))
-            runners[name] = Runner(command, folder / name)
+        for name in ("bare", *ratios):
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe(folder, name, threads)))
+            runners[name] = Runner(commands[name], folder / name, threads)
             ending.callback(runners[name].end)
             first[name] = runners[name].start()
         for runner in runners.values():  # the first steps are slower
@@ -215,21 +222,24 @@ def averages(name: str, ratios: list[list[float]]) -> dict[str, float]:
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is stopped is ended
     torch.manual_seed(0)
-    ratios: dict[str, list[list[float]]] = {"ray": [], "local": []}
+    every: dict[str, list[list[float]]] = {"ray": [], "local": []}
+    spare: dict[str, list[list[float]]] = {"ray": []}
     waits, first_steps = [], []
     for _ in range(STARTS):
         with tempfile.TemporaryDirectory() as temporary:
-            make_world(Path(temporary))
-            wait, first_step = compare(Path(temporary), ratios)
+            wait, first_step = compare(Path(temporary) / "every", CORES, every)
+            if CORES > 1:
+                compare(Path(temporary) / "spare", CORES - 1, spare)
         waits.append(wait)
         first_steps.append(first_step)
     result = {
         "benchmark": "train_loop",
-        **averages("ratio", ratios["ray"]),
-        **averages("ratio_local", ratios["local"]),
+        **averages("ratio", every["ray"]),
+        **averages("ratio_local", every["local"]),
+        **(averages("ratio_spare_core", spare["ray"]) if CORES > 1 else {}),
         "data_wait_share": round(statistics.fmean(waits), 4),
         "first_step_s": round(statistics.median(first_steps), 1),
-        "threads": torch.get_num_threads(),
+        "cores": CORES,
         "dtype": DTYPE,
     }
     print(json.dumps(result))
