@@ -96,9 +96,9 @@ def recipe(folder: Path, name: str, threads: int = CORES) -> dict[str, Any]:
 def bare_loop(folder: Path) -> None:
     """The loop without anything around it but the loader; writes a line of metrics a step."""
     torch.manual_seed(0)
-    trainer = Trainer(
-        parse_recipe(recipe(folder, "bare", torch.get_num_threads())), load_plugins(), Runtime()
-    )
+    threads = torch.get_num_threads()
+    trainer = Trainer(parse_recipe(recipe(folder, "bare", threads)), load_plugins(), Runtime())
+    samples = SAMPLES_A_CORE * threads
     trainer.prepare()
     set_train_mode(trainer.module)
     writer = MetricsWriter(trainer.recipe.path / METRICS_FILE)
@@ -116,7 +116,7 @@ def bare_loop(folder: Path) -> None:
                 optimizer.zero_grad(set_to_none=True)
             trainer.weights.publish()
             now = time.perf_counter()
-            writer.write(step, {"samples_per_s": trainer.recipe.train.global_batch_size / (now - start)})
+            writer.write(step, {"samples_per_s": samples / (now - start)})
             start = now
 
 
