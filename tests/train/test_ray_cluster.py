@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -17,6 +18,7 @@ import torch
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
+from hovle_train.checkpoint import complete_checkpoints
 from hovle_train.metrics import read_metrics
 from hovle_train.ray_trainer import RAY_ENVIRONMENT, RecipeError, run_local, run_on_ray
 
@@ -30,7 +32,7 @@ COMMAND = [sys.executable, "-c", "import sys; from hovle_core.cli import main; s
 @pytest.fixture(scope="module")
 def nodes():
     """A head without workers, and three nodes with room for one of them each; the last one is of another kind."""
-    for name, value in RAY_ENVIRONMENT.items():
+    for name, value in (RAY_ENVIRONMENT | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}).items():
         os.environ.setdefault(name, value)
     cluster = Cluster()
     little = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
@@ -201,6 +203,40 @@ def test_a_frozen_rank_ends_the_run_in_bounded_time(nodes, make_recipe):
     join()
     assert time.monotonic() - frozen["since"] < 90
     assert any(path.stat().st_size for path in (recipe.path / "hung").iterdir())
+
+
+def test_a_node_that_is_to_go_leaves_a_checkpoint(nodes, make_recipe, tmp_path):
+    """One that is drained, as a spot machine's is: no other checkpoint is due, and no failure is allowed for."""
+    sections = {
+        "train": {"steps": 600, "checkpoint_every": 10_000},
+        "resources": {"cpus_per_worker": 1, "custom": {"trainer": 1}, "max_failures": 0},
+    }
+    whole = make_recipe("alignment", run_dir=str(tmp_path / "whole"), **sections)
+    run_on_ray(whole)
+    drained = make_recipe("alignment", run_dir=str(tmp_path / "drained"), **sections)
+
+    def drain():
+        first = workers()[0]
+        by_raylet = {node.all_processes["raylet"][0].process.pid: node for node in nodes}
+        node, address = by_raylet[first.ppid()], ray.get_runtime_context().gcs_address
+        reason = "--reason=DRAIN_NODE_REASON_PREEMPTION"
+        chosen = [f"--node-id={node.node_id}", f"--address={address}", "--deadline-remaining-seconds=10"]
+        command = [
+            Path(sys.executable).with_name("ray"),
+            "drain-node",
+            reason,
+            "--reason-message=spot",
+            *chosen,
+        ]
+        subprocess.run(command, check=True, timeout=60)
+        psutil.wait_procs([first], timeout=60)
+        (saved,) = complete_checkpoints(drained.path / "checkpoints")
+        return saved
+
+    join = at_step(drained, 20, drain)
+    run_on_ray(drained)
+    join()
+    assert_same_weights(whole, drained)
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGTERM])

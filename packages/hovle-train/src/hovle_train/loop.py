@@ -40,6 +40,7 @@ from hovle_train.language_gate import LanguageGate
 from hovle_train.lineage import check_finished
 from hovle_train.lock import alone_in
 from hovle_train.metrics import truncate_metrics
+from hovle_train.notice import Notice
 from hovle_train.observers import Observers
 from hovle_train.optim import build_optimizers, lr_share, set_lr
 from hovle_train.parallel import Parallel, make_parallel
@@ -76,6 +77,7 @@ class Trainer:
         self.recipe, self.plugins, self.runtime, self.commit = recipe, plugins, runtime, commit
         self.data_state: State = {}  # what waited in packing windows behind the checkpoint resumed from
         self.stopping = False
+        self.notice = Notice(runtime)
         self.balance: Balance | None = None
         self.remote = RemoteRun(recipe.train.storage_path) if recipe.train.storage_path else None
         self.gate = LanguageGate(recipe, plugins.registry, runtime)
@@ -263,8 +265,11 @@ class Trainer:
         norm = self._gradient_norm()
         own, stop = sums, float(self.runtime.is_main and asked_to_stop(self.recipe.path))
         tokens = sum(batch.num_tokens for batch in micro_batches)
-        sums = self.runtime.sum(own | {"stop": stop, "tokens": tokens})
+        look = float(self.notice.due)
+        sums = self.runtime.sum(own | {"stop": stop, "look": look, "tokens": tokens})
         self.stopping = bool(sums.pop("stop"))  # all ranks stop behind the same step
+        if sums.pop("look"):
+            self.notice.look()
         self.record.tokens += int(sums.pop("tokens"))
         keys = [key for batch in micro_batches for key in batch.keys]
         check_finite(step, norm, sums, own, keys, (self.recipe.path, self.runtime))
@@ -292,13 +297,14 @@ class Trainer:
         return float(whole(norm))
 
     def save(self, step: int, data_state: State) -> None:
-        """A checkpoint every `checkpoint_every` steps, written by rank 0 and reported to Ray by all.
+        """A checkpoint every `checkpoint_every` steps, and where a node is to go; written by rank 0, reported by all.
 
         data_state: of this rank's loader behind the step; the checkpoint has that of all ranks.
         Raises Stopped behind one if the run was asked to stop.
         """
         due = (step + 1) % self.recipe.train.checkpoint_every == 0
-        if step + 1 == self.recipe.train.steps or not (due or self.stopping):
+        due |= self.stopping | self.notice.take()
+        if step + 1 == self.recipe.train.steps or not due:
             return
         data = {name: lane for rank in self.runtime.gather(data_state) for name, lane in rank.items()}
         tensors = checkpoint.gather(self.weights.masters, self.remembering, self.runtime.is_main)

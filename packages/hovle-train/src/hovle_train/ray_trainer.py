@@ -10,6 +10,7 @@ import os
 import secrets
 import tempfile
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,13 @@ RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
 }
 
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+
 # The same for a Ray of this machine alone, which nobody watches: what its processes tell a dashboard that is not there
 # takes cores from the step, and a step waits for the slower core.
 LOCAL_ENVIRONMENT = {
     # It waits for a cluster to take nodes away; one process less to start a stage.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    WATCHER: "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",  # none
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
@@ -174,6 +177,16 @@ def _waiting(num_workers: int) -> dict[str, str]:
     return {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
+def _is_losing_node() -> Callable[[], bool] | None:
+    """How a worker hears that its cluster takes a node away; None where this Ray does not tell."""
+    import ray.train
+
+    look = getattr(ray.train, "get_preemption_info", None)  # newer than the oldest Ray that we take
+    if look is None or os.environ.get(WATCHER, "1") == "0":
+        return None
+    return lambda: look() is not None
+
+
 def start_ray() -> None:
     """Connect to `RAY_ADDRESS`, or start Ray on this machine without its dashboard; nothing if that is done already.
 
@@ -228,7 +241,7 @@ def _worker(config: dict[str, Any]) -> None:
         content = {"attempt": config["attempt"], "rank": rank, "error": message}
         write_json(recipe.path / ERROR_FILE, content)
 
-    runtime = Runtime(rank, context.get_world_size(), get_device(), report, give_up)
+    runtime = Runtime(rank, context.get_world_size(), get_device(), report, give_up, _is_losing_node())
     have_ray_wait(config["ray"])
     try:
         Trainer(recipe, load_plugins(), runtime, commit=config["commit"]).run()

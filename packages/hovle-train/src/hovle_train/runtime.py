@@ -21,13 +21,15 @@ def _no_give_up(message: str) -> None:
 @dataclass
 class Runtime:
     """One worker of a run. `report` tells Ray Train of metrics and checkpoints; every rank must call it alike.
-    `give_up` says, before this process ends, why the run should not be tried again."""
+    `give_up` says, before this process ends, why the run should not be tried again. `is_losing_node`, of a cluster that
+    can tell, is whether it is about to take a node of the run away; every rank must call it alike, too."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     report: Callable[[dict[str, Any], Path | None], None] = _no_report
     give_up: Callable[[str], None] = _no_give_up
+    is_losing_node: Callable[[], bool] | None = None
 
     @property
     def is_main(self) -> bool:

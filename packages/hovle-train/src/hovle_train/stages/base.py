@@ -42,7 +42,7 @@ HOVLE_FIELDS = (
 # What the loop itself counts and logs: a loss of such a name would be added to it.
 LOOP_METRICS = frozenset(
     {
-        "step", "stop", "tokens", "grad_norm", "lr", "mfu", "fill", "tile_fill", "imbalance", "smallest_share",
+        "step", "stop", "look", "tokens", "grad_norm", "lr", "mfu", "fill", "tile_fill", "imbalance", "smallest_share",
         "largest_share", "tokens_per_s", "samples_per_s", "data_wait_share", "quarantined", "truncated",
     }
 )  # fmt: skip
