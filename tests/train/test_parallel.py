@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from hovle_train import checkpoint
+from hovle_train.failure import EXIT_STOPPED, STOP_FILE
 from hovle_train.loop import Trainer
 from hovle_train.metrics import read_metrics
 from hovle_train.recipe_file import parse_recipe
@@ -34,14 +35,14 @@ RUNS = {
 TOLERANCE = {"instruction_tuning": (2e-4, 1e-3), "distillation": (2e-3, 5e-2), "alignment": (1e-2, None)}
 
 
-def run_ranks(jobs, folder, world=2):
-    """Run jobs one after the other on `world` processes."""
+def run_ranks(jobs, folder, world=2, code=0):
+    """Run jobs one after the other on `world` processes, which all end with `code`."""
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs))
     script = Path(__file__).with_name("rank_process.py")
     ranks = [subprocess.Popen([sys.executable, script, str(r), str(world), path]) for r in range(world)]
     try:
-        assert [rank.wait(timeout=240) for rank in ranks] == [0] * world
+        assert [rank.wait(timeout=240) for rank in ranks] == [code] * world
     finally:
         for rank in ranks:
             rank.kill()
@@ -124,6 +125,15 @@ def test_two_ranks_with_fsdp2_are_one_process(make_recipe, plugins, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_ranks_asked_to_stop_while_they_are_prepared_both_do(make_recipe, tmp_path):
+    recipe = make_recipe("alignment", run_dir=str(tmp_path / "asked"))
+    recipe.path.mkdir()
+    (recipe.path / STOP_FILE).touch()
+    run_ranks([{"recipe": recipe.model_dump(mode="json")}], tmp_path, code=EXIT_STOPPED)
+    assert not read_metrics(recipe.path / "metrics.jsonl")
+    assert not (recipe.path / "final").exists()
+
+
 def test_unequal_ranks_share_a_step_by_their_speed_and_compute_the_same(make_recipe, plugins, tmp_path):
     train = {"steps": 24, "micro_batch_tokens": 48, "min_fill": 0}
     alone = make_recipe("instruction_tuning", run_dir=str(tmp_path / "alone"), train=train)
