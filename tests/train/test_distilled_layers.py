@@ -9,6 +9,7 @@ from hovle_train.evaluate import image_cosine
 from hovle_train.loop import Trainer
 from hovle_train.metrics import read_metrics
 from hovle_train.runtime import Runtime
+from hovle_train.teacher_tiles import tile_batches
 
 JOINED = {"name": "grid", "options": {"feature_size": 8, "layers": 2}}
 
@@ -67,7 +68,8 @@ def test_a_run_of_several_blocks_leaves_the_outputs_head(make_recipe, plugins):
     trainer = Trainer(recipe, plugins, Runtime())
     trainer.run()
     final = recipe.path / "final"
-    tiles = torch.cat([tiles for _, tiles in trainer.stage._teacher_batches(trainer.processor)])
+    images = trainer.stage.mixture(recipe.data.images, "images")
+    tiles = torch.cat([tiles for _, _, tiles in tile_batches(images, trainer.processor)])
     teacher = trainer.stage.features.teacher
     score = image_cosine(
         trainer.module.model, trainer.processor, teacher, final, tiles.permute(0, 2, 3, 1).numpy()

@@ -1,10 +1,13 @@
 """Teacher features on the student's grid."""
 
+import shutil
+
 import pytest
 import torch
 
 from hovle_core.patch_embed import pixel_shuffle
 from hovle_core.testing import GridTeacher
+from hovle_train import feature_store
 from hovle_train.features import TeacherFeatures, to_student_grid
 
 
@@ -49,20 +52,82 @@ def test_teachers_take_uint8_only_and_stay_in_eval():
 def test_half_a_store_is_not_opened(tmp_path):
     features = TeacherFeatures(GridTeacher(), num_tokens=4)
 
-    def batches():
-        yield ["a"], torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    def batches(first):
+        yield 1, ["a"], torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        features.build_store(tmp_path / "store", batches())
+        features.build_store(tmp_path / "store", batches)
     assert not TeacherFeatures(GridTeacher(), num_tokens=4).open_store(tmp_path / "store")
 
 
 def test_a_store_of_another_teacher_is_built_anew(tmp_path):
     features = TeacherFeatures(GridTeacher(), num_tokens=4)
     tiles = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    features.build_store(tmp_path, [(["a", "b"], tiles)], made_by={"teacher": 1})
+    features.build_store(tmp_path, lambda first: [(2, ["a", "b"], tiles)], made_by={"teacher": 1})
     assert TeacherFeatures(GridTeacher(), num_tokens=4).open_store(tmp_path, {"teacher": 1})
     assert not TeacherFeatures(GridTeacher(), num_tokens=4).open_store(tmp_path, {"teacher": 2})
     with pytest.raises(ValueError, match="no teacher features for \\['c'\\]"):
         features.get(["c"], tiles[:1])
+
+
+def batches_of(tiles, at_third=lambda: None):
+    """Four batches of four tiles, from a position on."""
+
+    def batches(first):
+        for start in range(first, 16, 4):
+            if start == 8:
+                at_third()
+            yield start + 4, [f"k{n}" for n in range(start, start + 4)], tiles[start : start + 4]
+
+    return batches
+
+
+class Counting(GridTeacher):
+    seen = 0
+
+    def features(self, tiles):
+        self.seen += len(tiles)
+        return super().features(tiles)
+
+
+@pytest.fixture
+def broken_off(tmp_path, monkeypatch):
+    """A whole store, and what a kill before its third batch leaves: more bytes and half a line behind what is sure."""
+    monkeypatch.setattr(feature_store, "SYNC_SECONDS", 0)
+    tiles = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    batches = batches_of(tiles, lambda: shutil.copytree(whole, killed))
+    TeacherFeatures(GridTeacher(), num_tokens=4).build_store(whole, batches, made_by="a")
+    for name in ("features.tmp", "rows.tmp"):
+        with (killed / name).open("ab") as file:
+            file.write(b'{"position": 99')
+    return tiles, whole, killed
+
+
+def test_a_store_that_was_broken_off_is_gone_on_with(broken_off):
+    tiles, whole, killed = broken_off
+    features = TeacherFeatures(Counting(), num_tokens=4)
+    features.build_store(killed, batches_of(tiles), made_by="a")
+    assert features.teacher.seen == 8
+    assert {path.name for path in killed.iterdir()} == {"features.float16", "index.json"}
+    for name in ("features.float16", "index.json"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def lost(folder):
+    (folder / "features.tmp").write_bytes(b"0" * 8)
+
+
+def scribbled(folder):
+    (folder / "rows.tmp").write_text('["not", "a", "head"]\n{"position": 4}\n')
+
+
+@pytest.mark.parametrize(("spoil", "made_by"), [(lost, "a"), (scribbled, "a"), (lambda folder: None, "b")])
+def test_what_is_not_of_this_store_is_not_gone_on_with(broken_off, spoil, made_by):
+    tiles, whole, killed = broken_off
+    spoil(killed)
+    features = TeacherFeatures(Counting(), num_tokens=4)
+    features.build_store(killed, batches_of(tiles), made_by=made_by)
+    assert features.teacher.seen == 16
+    assert (killed / "features.float16").read_bytes() == (whole / "features.float16").read_bytes()

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hovle_core.roles import TeacherEncoder
+from hovle_train.feature_store import GrowingStore
 
 CENTRE_TILES = 512
 FEATURES, INDEX = "features.float16", "index.json"
@@ -82,12 +83,12 @@ class TeacherFeatures:
 
     def open_store(self, folder: Path, made_by: Any = None) -> bool:
         """Use features computed before, if `folder` holds a whole store of this teacher and data (`made_by`, any
-        JSON); returns whether it does."""
+        JSON; None: whatever it is of); returns whether it does."""
         index = folder / INDEX
         if not index.is_file():
             return False
         content = json.loads(index.read_text())
-        if content["made_by"] != json.loads(json.dumps(made_by)):
+        if made_by is not None and content["made_by"] != json.loads(json.dumps(made_by)):
             return False
         self._store = np.memmap(folder / FEATURES, dtype=np.float16, mode="r", shape=tuple(content["shape"]))
         self._rows = {key: row for row, key in enumerate(content["keys"])}
@@ -97,30 +98,28 @@ class TeacherFeatures:
     def build_store(
         self,
         folder: Path,
-        batches: Iterable[tuple[Sequence[str], Tensor]],
+        batches: Callable[[int], Iterable[tuple[int, list[str], Tensor]]],
         progress: Callable[[int], None] | None = None,
         made_by: Any = None,
     ) -> None:
-        """Run the teacher over `batches` of (keys, tiles) once, into `folder` (float16), then use it.
+        """Run the teacher once over all batches, into `folder` (float16), then use it.
 
-        The mean is that of the whole store. The index is written last, so that half a store is never opened.
+        batches: those from a position on (0: all), as (position behind it, keys, tiles); an earlier start that ended
+        in the middle is gone on behind. The mean is that of the whole store. The index is written last, so that half
+        a store is never opened.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / "features.tmp"
-        keys: list[str] = []
-        total = torch.zeros(self.size, dtype=torch.float64)
-        with temporary.open("wb") as raw:
-            for batch_keys, tiles in batches:
-                features = self.compute(tiles).cpu()
-                raw.write(features.half().numpy().tobytes())
-                keys += batch_keys
-                total += features.double().sum((0, 1))
+        with GrowingStore(folder, (self.num_tokens, self.size), made_by) as store:
+            for position, keys, tiles in batches(store.position):
+                store.add(position, keys, self.compute(tiles).cpu())
                 if progress is not None:
-                    progress(len(keys))
-        os.replace(temporary, folder / FEATURES)
-        mean = (total / max(1, len(keys) * self.num_tokens)).tolist() if self.centre else [0.0] * self.size
+                    progress(len(store.keys))
+        os.replace(store.features, folder / FEATURES)
+        count = max(1, len(store.keys) * self.num_tokens)
+        mean = (store.total / count).tolist() if self.centre else [0.0] * self.size
         index = folder / "index.tmp"
-        shape = [len(keys), self.num_tokens, self.size]
-        index.write_text(json.dumps({"keys": keys, "mean": mean, "shape": shape, "made_by": made_by}))
+        shape = [len(store.keys), self.num_tokens, self.size]
+        index.write_text(json.dumps({"keys": store.keys, "mean": mean, "shape": shape, "made_by": made_by}))
         os.replace(index, folder / INDEX)
+        store.remove_lines()
         self.open_store(folder, made_by)

@@ -136,7 +136,7 @@ def check_texts(recipe: Recipe, registry: Registry) -> None:
 
 
 def data_manifest(recipe: Recipe, open: Callable[[Source], Any]) -> DataManifest:
-    """What each source holds: its path, samples, and where it tells of them, shards and their SHA-256.
+    """Path and content of each source.
 
     A source that is not here (deleted to save space, not written yet) is left out. Tars without an index are hashed,
     which reads them.
@@ -147,9 +147,13 @@ def data_manifest(recipe: Recipe, open: Callable[[Source], Any]) -> DataManifest
             opened = open(source)
         except (ValueError, FileNotFoundError):
             continue  # whoever reads it says why
-        told = opened.manifest() if hasattr(opened, "manifest") else {"samples": len(opened)}
-        manifest[field] = {"path": source.path, **told}
+        manifest[field] = {"path": source.path, **content_of(opened)}
     return manifest
+
+
+def content_of(opened: Any) -> dict[str, Any]:
+    """What an open source holds: its samples, and where it tells of them, shards and their SHA-256."""
+    return opened.manifest() if hasattr(opened, "manifest") else {"samples": len(opened)}
 
 
 def check_data(recorded: DataManifest | None, now: DataManifest | None, recipe: Recipe, what: str) -> None:

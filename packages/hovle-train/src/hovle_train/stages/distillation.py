@@ -28,24 +28,24 @@ from hovle_core.modeling import HovleForConditionalGeneration
 from hovle_core.processor import HovleProcessor
 from hovle_core.registry import Registry
 from hovle_core.roles import TeacherEncoder
-from hovle_data.decode import cut_tiles
+from hovle_data.mixture import Mixture
 from hovle_data.packing import PackedBatch, pack
 from hovle_data.quarantine import Ledger
-from hovle_data.schema import BadSample
 from hovle_data.streams import Stream, UnpairedStream
 from hovle_train.build import build_hovle
 from hovle_train.config import Recipe
 from hovle_train.features import TeacherFeatures
+from hovle_train.lineage import content_of
 from hovle_train.recipe_sections import Named
 from hovle_train.runtime import Runtime
 from hovle_train.stages.base import HOVLE_FIELDS, Progress, Stage, model_inputs, save_hovle
 from hovle_train.stages.distillation_options import DistillationOptions
+from hovle_train.teacher_tiles import tile_batches
 from hovle_train.teachers import build_teacher, heads_of, join_heads, made_by, target_names, widths
 
 logger = logging.getLogger(__name__)
 
 HEAD_FILE = "distillation_head.safetensors"
-TEACHER_BATCH = 64
 NORM_SAMPLES = 64
 
 
@@ -188,52 +188,46 @@ class Distillation(Stage):
         """Run the teacher over the images once (`cache_features`), or take the mean feature of the first ones."""
         self.features.teacher.to(runtime.device)
         if not self.options.cache_features:
-            self.features.set_mean(tiles.to(runtime.device) for _, tiles in self._teacher_batches(processor))
+            batches = tile_batches(self._images(), processor)
+            self.features.set_mean(tiles.to(runtime.device) for _, _, tiles in batches)
             return
         store = self.recipe.path / "teacher_features"
-        images = [source.model_dump(mode="json") for source in self.recipe.data.images]
-        made = [
-            made_by(self.options.all_teachers),
-            self.features.centre,
-            self.features.connected,
-            self.features.num_tokens,
-            images,
-        ]
-        if runtime.is_main and not self.features.open_store(store, made):
-            batches = ((keys, tiles.to(runtime.device)) for keys, tiles in self._teacher_batches(processor))
-            num_images = self.mixture(self.recipe.data.images, "images").num_samples
-            report = None if progress is None else lambda done: progress("teacher features", done, num_images)
-            self.features.build_store(store, batches, report, made)
+        if runtime.is_main:
+            self._compute_features(store, processor, runtime, progress)
         runtime.barrier()
-        if not runtime.is_main and not self.features.open_store(store, made):
+        if not runtime.is_main and not self.features.open_store(store):
             raise ValueError(
                 f"{store} was built by rank 0 but cannot be read here: run_dir must be shared by all workers"
             )
 
-    def _teacher_batches(self, processor: HovleProcessor) -> Iterator[tuple[list[str], Tensor]]:
-        """All images in the order of their sources, as (tile keys, uint8 tiles `[N, 3, S, S]`).
+    def _compute_features(
+        self, store: Path, processor: HovleProcessor, runtime: Runtime, progress: Progress | None
+    ) -> None:
+        """Have the teacher look at all images, unless it has looked at these, so cut, before."""
+        mixture = self._images()
+        made = {
+            "teacher": made_by(self.options.all_teachers),
+            "centred": self.features.centre,
+            "connected": self.features.connected,
+            "image": [self.features.num_tokens, self.recipe.model.image.model_dump(mode="json")],
+            "data": [source.model_dump(mode="json") for source in self.recipe.data.images],
+            "content": [content_of(source) for source in mixture.sources],
+        }
+        if self.features.open_store(store, made):
+            return
 
-        Pictures that cannot be read are passed over here: the stream quarantines and names them.
-        """
-        mixture = self.mixture(self.recipe.data.images, "images")
-        keys: list[str] = []
-        tiles: list[np.ndarray] = []
-        for j, source in enumerate(mixture.sources):
-            for i in range(len(source)):
-                try:
-                    sample = source[i]
-                    images = [cut_tiles(processor, image) for image in sample.images[:1]]
-                except BadSample as bad:
-                    logger.info("teacher features: %s", bad)
-                    continue
-                for cut in images:
-                    keys += [f"{mixture.names[j]}/{sample.key}#{n}" for n in range(len(cut))]
-                    tiles.append(np.ascontiguousarray(cut))  # channels last: convolutions are fastest
-                if len(keys) >= TEACHER_BATCH:
-                    yield keys, torch.from_numpy(np.concatenate(tiles)).permute(0, 3, 1, 2)
-                    keys, tiles = [], []
-        if tiles:
-            yield keys, torch.from_numpy(np.concatenate(tiles)).permute(0, 3, 1, 2)
+        def batches(first: int) -> Iterator[tuple[int, list[str], Tensor]]:
+            for behind, keys, tiles in tile_batches(mixture, processor, first):
+                yield behind, keys, tiles.to(runtime.device)
+
+        def report(done: int) -> None:
+            if progress is not None:
+                progress("teacher features", done, mixture.num_samples)
+
+        self.features.build_store(store, batches, report, made)
+
+    def _images(self) -> Mixture:
+        return self.mixture(self.recipe.data.images, "images")
 
     def targets(self, module: DistillationModule, batch: PackedBatch) -> dict[str, int]:
         images = int((batch.input_ids == module.model.config.image_token_id).sum())
