@@ -220,7 +220,7 @@ def test_a_node_that_is_to_go_leaves_a_checkpoint(nodes, make_recipe, tmp_path):
         by_raylet = {node.all_processes["raylet"][0].process.pid: node for node in nodes}
         node, address = by_raylet[first.ppid()], ray.get_runtime_context().gcs_address
         reason = "--reason=DRAIN_NODE_REASON_PREEMPTION"
-        chosen = [f"--node-id={node.node_id}", f"--address={address}", "--deadline-remaining-seconds=10"]
+        chosen = [f"--node-id={node.node_id}", f"--address={address}", "--deadline-remaining-seconds=5"]
         command = [
             Path(sys.executable).with_name("ray"),
             "drain-node",

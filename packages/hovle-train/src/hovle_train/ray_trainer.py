@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import secrets
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -195,13 +196,14 @@ def start_ray() -> None:
     address = os.environ.get("RAY_ADDRESS")
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    imported = sys.modules.get("ray")
+    if imported is not None and imported.is_initialized():
+        return
     if not address:
         for name, value in LOCAL_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-    import ray
+    import ray  # some of these it reads now
 
-    if ray.is_initialized():
-        return
     debug = os.environ.get("HOVLE_DEBUG", "0") not in ("", "0")
     ray.init(
         address=address or "local",
