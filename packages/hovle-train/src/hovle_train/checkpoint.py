@@ -50,7 +50,10 @@ def gather(
 
 
 def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], keep: int) -> Path:
-    """Write `folder/step-<step>`, then drop all but the newest `keep`. Returns its path."""
+    """Write `folder/step-<step>`, then drop all but it and the `keep - 1` whole ones before it. Returns its path.
+
+    What says that it is newer was not good enough to go on from: a run does not step back otherwise.
+    """
     target = folder / f"step-{step:08d}"
     temporary = folder / f".writing-{step:08d}-{os.getpid()}"
     if temporary.exists():
@@ -71,8 +74,11 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], keep:
     if target.exists():
         shutil.rmtree(target)
     os.replace(temporary, target)
-    for old in complete_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    before = [path for path in complete_checkpoints(folder) if path.name < target.name]
+    kept = {target, *before[::-1][: keep - 1]}
+    for path in folder.glob("step-*"):
+        if path not in kept:
+            shutil.rmtree(path)
     return target
 
 

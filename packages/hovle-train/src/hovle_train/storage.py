@@ -65,7 +65,8 @@ class RemoteRun:
             ) from error
 
     def push(self, path: Path, run_dir: Path, keep: int) -> None:
-        """Copy a checkpoint, and metrics and bad samples so far; then drop all but the newest `keep`."""
+        """Copy a checkpoint, and metrics and bad samples so far; then drop all but it and the `keep - 1` before it that
+        are whole."""
         target = f"{self.root}/{CHECKPOINTS}/{path.name}"
         if self._fs.exists(target):
             self._fs.rm(target, recursive=True)
@@ -76,8 +77,14 @@ class RemoteRun:
             self._put(file, f"{target}/{file.name}")
         for file in (run_dir / METRICS_FILE, *run_dir.glob(QUARANTINES)):
             self._put(file, f"{self.root}/{file.name}")
-        for old in self._names(CHECKPOINTS)[:-keep]:
-            self._fs.rm(f"{self.root}/{CHECKPOINTS}/{old}", recursive=True)
+        names = self._names(CHECKPOINTS)
+        whole = [
+            n
+            for n in names
+            if n < path.name and self._fs.exists(f"{self.root}/{CHECKPOINTS}/{n}/{checkpoint.STATE}")
+        ]
+        kept = {path.name, *whole[::-1][: keep - 1]}
+        self._drop(*(f"{CHECKPOINTS}/{name}" for name in names if name not in kept))
 
     def push_final(self, run_dir: Path) -> None:
         """Copy what a finished run leaves, unless a whole copy of it is there; drop what only resuming needed."""
