@@ -142,6 +142,37 @@ def test_one_damaged_run_hides_no_other(two_runs, tmp_path, capsys):
     assert len(find_runs(tmp_path)) == 5
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("recipe.yaml", b"{}"),
+        ("recipe.yaml", b"stage: null\ntrain: {}"),
+        ("recipe.yaml", b"stage: {name: alignment}\ntrain: {steps: many}"),
+        ("final/hovle_run.json", b'{"parent": '),
+        ("final/hovle_run.json", b"[]"),
+        ("metrics.jsonl", b'\xff\n["no"]\n{"loss": 1}\n{"step": 0, "loss": 1.0}\n'),
+    ],
+)
+def test_a_damaged_file_hides_neither_its_run_nor_others(two_runs, tmp_path, capsys, file, content):
+    (tmp_path / "runs" / "first" / file).write_bytes(content)
+    (tmp_path / "runs" / "latest").symlink_to(tmp_path / "runs")
+    for command in ("list", "show", "plot"):
+        assert main(["runs", command, str(tmp_path / "runs")]) == 0
+        shown = capsys.readouterr().out
+        assert ("curves" if command == "plot" else "stopped at step 3 of") in shown
+    for command in ("show", "plot"):
+        assert main(["runs", command, str(tmp_path / "runs" / "first")]) == 0
+    assert "/first" in capsys.readouterr().out
+    assert len(find_runs(tmp_path / "runs")) == 2
+
+
+@pytest.mark.parametrize("content", ["stages: [", "run_dir: x", "[1]"])
+def test_a_damaged_pipeline_is_named(tmp_path, capsys, content):
+    (tmp_path / "pipeline.yaml").write_text(content)
+    assert main(["runs", "show", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'pipeline.yaml'} is damaged" in capsys.readouterr().err
+
+
 def test_a_run_that_logged_nothing_has_no_curves(make_recipe, tmp_path, capsys):
     recipe = make_recipe("alignment")
     recipe.path.mkdir()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +11,26 @@ def truncate_metrics(path: Path, step: int) -> None:
     """Drop lines after `step`: a resumed run writes them again."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue  # the torn last line of a killed run
+    kept = [line + b"\n" for line, record in _whole_lines(path) if record["step"] <= step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.write_bytes(b"".join(kept))
     temporary.replace(path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a metrics file, in order."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    return [record for _, record in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Lines and what they say, but for the last one of a killed run or of one that writes now, and damaged ones."""
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            continue  # being written at this moment
-    return records
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            yield line, record
 
 
 class MetricsWriter:

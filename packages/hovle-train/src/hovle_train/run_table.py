@@ -40,17 +40,25 @@ class RunInfo:
             recipe = yaml.safe_load((self.path / RECIPE_FILE).read_text())
         except (OSError, ValueError, yaml.YAMLError):
             return {}
-        return recipe if isinstance(recipe, dict) and {"stage", "train"} <= recipe.keys() else {}
+        try:
+            steps, name = recipe["train"]["steps"], recipe["stage"]["name"]
+        except (KeyError, TypeError):
+            return {}
+        return recipe if isinstance(steps, int) and isinstance(name, str) else {}
 
     @cached_property
     def card(self) -> dict[str, Any]:
-        """What was written into the finished checkpoint, or into the newest one of a run under way; {} before it."""
+        """What was written into the finished checkpoint, or into the newest one of a run under way; {} before it, and
+        where it cannot be read."""
         states = sorted((self.path / CHECKPOINTS).glob("step-*/state.json"))
         path = states[-1] if states else None
         if is_finished(self.path) or self.is_rejected:
             path = self.path / (FINAL if is_finished(self.path) else REJECTED) / RUN_CARD
-        card: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.is_file() else {}
-        return card
+        try:
+            card = json.loads(path.read_bytes()) if path is not None else {}
+        except (OSError, ValueError):
+            return {}
+        return card if isinstance(card, dict) else {}
 
     @property
     def is_rejected(self) -> bool:
@@ -113,12 +121,16 @@ class RunInfo:
             run = RunInfo(parent.parent if parent.name == FINAL else parent)
 
 
-def find_runs(folder: Path) -> list[Path]:
-    """Every run below a folder (or the folder itself), by name; runs hold no runs."""
+def find_runs(folder: Path, above: frozenset[Path] = frozenset()) -> list[Path]:
+    """Every run below a folder (or the folder itself), by name; runs hold no runs.
+
+    above: folders that it is in; a link back to one of them is not followed.
+    """
     if (folder / RECIPE_FILE).is_file():
         return [folder]
+    above |= {folder.resolve()}
     below = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return [run for inner in below for run in find_runs(inner)]
+    return [run for inner in below if inner.resolve() not in above for run in find_runs(inner, above)]
 
 
 def stages_of(folder: Path) -> dict[str, RunInfo]:
@@ -129,7 +141,12 @@ def stages_of(folder: Path) -> dict[str, RunInfo]:
     if (folder / RECIPE_FILE).is_file():
         return {folder.name: RunInfo(folder)}
     if (folder / PIPELINE_FILE).is_file():
-        labels = yaml.safe_load((folder / PIPELINE_FILE).read_text())["stages"]
+        try:
+            labels = [str(label) for label in yaml.safe_load((folder / PIPELINE_FILE).read_text())["stages"]]
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+            raise ValueError(
+                f"{folder / PIPELINE_FILE} is damaged: {type(error).__name__}: {error}"
+            ) from None
         return {label: RunInfo(folder / label) for label in labels}
     if folder.is_dir() and (found := find_runs(folder)):
         return {str(path.relative_to(folder)): RunInfo(path) for path in found}

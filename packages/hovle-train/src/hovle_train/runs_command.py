@@ -114,7 +114,7 @@ def _facts(run: RunInfo) -> dict[str, str]:
         "folder": run.path,
         "stage": run.stage,
         "error": run.error,
-        "steps": f"{run.recipe['train']['steps']:,}",
+        "steps": f"{run.recipe['train']['steps']:,}" if run.recipe else None,
         "parent": card.get("parent"),
         "parent weights": card.get("parent_weights"),
         "lineage": " <- ".join(ancestors) if len(ancestors) > 1 else None,
