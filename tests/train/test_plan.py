@@ -19,6 +19,7 @@ from hovle_train.commands import dry_run
 from hovle_train.cost import Row, row_cost
 from hovle_train.loop import Trainer
 from hovle_train.recipe_file import load_recipe, parse_recipe
+from hovle_train.recipe_sections import TeacherPoolConfig
 from hovle_train.runtime import Runtime
 
 ASSUMED = plan.Assumptions(tiles=1, text_tokens=12, target_share=1.0, mfu=0.4)
@@ -178,6 +179,7 @@ def test_packaged_recipes_are_planned_without_a_download(capsys):
     assert main(["plan", *NAMES, "--gpus", "8xH100", "--tiles", "6", "--json"]) == 0
     stages = json.loads(capsys.readouterr().out)["stages"]
     small, large = stages[:3], stages[3:]
+    assert all(stage["fits"] for stage in stages)
     assert main(["plan", "hovle-2.6b/pipeline", "--set", "run_dir=x", "--tiles", "6", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["stages"] == small
     assert {s["parameters"] for s in small[1:]} == {2_606_325_760 - 9 * 3 * 2048}
@@ -198,6 +200,26 @@ def test_sharding_divides_what_is_kept(plugins):
     )
     assert shared.memory["optimizer"] == pytest.approx(alone.memory["optimizer"] / 8)
     assert shared.memory["activations"] == alone.memory["activations"]
+
+
+def test_what_else_lies_in_a_recipe_s_folder_is_no_matter(make_recipe, tmp_path, capsys):
+    recipe = make_recipe("alignment", run_dir=str(tmp_path / "run"))
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    (tmp_path / "chart.yaml").write_text("{{- if .Values.on }}\nkind: Job\n{{ end }}")
+    (tmp_path / "old.yaml").write_text(recipe.to_yaml() + "\nformer_key: 1\n")
+    little = ["--gpus", "1xH100", "--tiles", "1", "--text-tokens", "16"]
+    assert main(["plan", str(tmp_path / "recipe.yaml"), *little]) == 0
+    assert "GiB" in capsys.readouterr().out
+
+
+def test_teachers_on_nodes_of_their_own_are_not_on_the_training_gpus(plugins):
+    recipe = load_recipe("hovle-2.6b/distillation", registry=plugins.registry)
+    pooled = recipe.model_copy(deep=True)
+    pooled.resources.teacher_pool = TeacherPoolConfig(gpus=1)
+    own, other = (plan.plan_stage(r, plugins, "8xH100", ASSUMED) for r in (recipe, pooled))
+    assert other.memory["weights"] < own.memory["weights"]
+    assert other.operations < own.operations
+    assert other.parameters == own.parameters
 
 
 def test_the_command_says_what_it_assumed_and_what_does_not_fit(capsys):

@@ -115,7 +115,7 @@ def plan_stage(
     memory = _states(recipe, module, dtype, count if sharded else 1) | {
         "activations": cost.saved + cost.transient
     }
-    if isinstance(stage, Distillation):
+    if isinstance(stage, Distillation) and recipe.resources.teacher_pool is None:  # else it is on other GPUs
         teacher = stage.features.teacher
         memory["weights"] += sum(p.numel() * 4 for p in teacher.parameters())
         if not stage.options.cache_features and row.tiles:

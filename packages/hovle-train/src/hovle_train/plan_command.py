@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,16 +104,24 @@ def assumptions(args: argparse.Namespace, recipe: Recipe, others: list[Recipe]) 
 
 
 def siblings(name: str, registry: Registry) -> list[Recipe]:
-    """Recipes in the folder of this one: a stage starts from a run that one of them makes."""
+    """Recipes in the folder of this one: a stage starts from a run that one of them makes.
+
+    What else lies there, and recipes of former versions, are nobody's parents.
+    """
+    import yaml
+
     from hovle_data.sections import read_yaml
     from hovle_train.recipe_file import load_recipe
 
     path = Path(name) if Path(name).is_file() else registry.resource("recipe", name)
     found = []
     for file in sorted(path.parent.glob("*.yaml")):
-        raw = read_yaml(file.read_text())
-        if file != path and isinstance(raw, dict) and raw.keys() >= {"stage", "run_dir", "optim", "train"}:
-            found.append(load_recipe(file))
+        if file == path:
+            continue
+        with suppress(OSError, ValueError, yaml.YAMLError):
+            raw = read_yaml(file.read_text())
+            if isinstance(raw, dict) and raw.keys() >= {"stage", "run_dir", "optim", "train"}:
+                found.append(load_recipe(file))
     return found
 
 
