@@ -99,6 +99,26 @@ def test_sigterm_stops_behind_a_checkpoint_with_a_code_of_its_own(
     assert_same(stopped, final_weights(whole))
 
 
+def test_sigterm_while_nobody_trains_ends_at_once_with_the_same_code(tmp_path, no_harm):
+    """Before a run, and where Ray has no worker for it yet; not where one trains, or has finished."""
+
+    def be_asked():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    with pytest.raises(SystemExit) as exit_, failure.ending_with_75():
+        be_asked()
+    assert exit_.value.code == 75
+    asked = threading.Event()
+    with failure.stop_on_sigterm(tmp_path, asked, may_wait=True):
+        with lock.alone_in(tmp_path):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert asked.wait(10)
+        with pytest.raises(failure.Stopped):
+            be_asked()
+    assert signal.getsignal(signal.SIGTERM) is no_harm
+
+
 @pytest.mark.parametrize(
     ("stage", "options", "doing"),
     [

@@ -188,6 +188,26 @@ def test_a_killed_rank_and_a_stopped_node_under_fsdp2(nodes, make_recipe, tmp_pa
     assert_same_weights(whole, stopped)
 
 
+def test_a_run_that_waits_for_nodes_says_so_and_stops_when_asked(nodes, make_recipe, tmp_path):
+    recipe = make_recipe("alignment", resources={"cpus_per_worker": 1, "custom": {"trianer": 1}})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    driver = subprocess.Popen([*COMMAND, str(path)], env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        said = ""
+        while "waiting for nodes" not in said:
+            line = driver.stderr.readline()
+            assert line, said
+            said += line
+        assert "trianer 1" in said
+        time.sleep(5)  # Ray Train asks for a worker
+        driver.send_signal(signal.SIGTERM)
+        assert driver.wait(timeout=60) == 75
+    finally:
+        driver.kill()
+
+
 def test_a_frozen_rank_ends_the_run_in_bounded_time(nodes, make_recipe):
     recipe = make_recipe("alignment", train={**TRAIN, "steps": 5000}, resources={**TWO, "step_timeout_s": 8})
     frozen = {}

@@ -68,6 +68,12 @@ def test_a_cluster_s_processes_are_left_alone():
         subprocess.wait()
 
 
+def test_workers_that_this_machine_has_no_room_for_are_not_waited_for(local_ray, make_recipe):
+    recipe = make_recipe("alignment", resources={"num_workers": 3})
+    with pytest.raises(ValueError, match=r"no room for 3 workers .* CPU 1 each: this machine has CPU 2\."):
+        run_on_ray(recipe)
+
+
 def test_two_workers_equal_one_process(local_ray, make_recipe, tmp_path):
     """The same global batch on one process without Ray, and shared by two workers over gloo."""
     one = make_recipe("instruction_tuning", run_dir=str(tmp_path / "one"))

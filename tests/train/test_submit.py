@@ -123,6 +123,9 @@ def test_a_jobs_folder_is_enough(plugin_here, pipeline_file, tmp_path, monkeypat
         (["--address", "http://127.0.0.1:1"], "--address http://127.0.0.1:1: "),
         (["--address", "http://127.0.0.1:1", "--env", "X"], "--env 'X' must read KEY=VALUE"),
         (["--address", "http://127.0.0.1:1", "--until", "nothing"], "--until nothing: no such stage"),
+        (["--set", "distillation.stage.options.haed=mlp"], "haed: unknown key"),
+        (["--set", 'alignment.observers={"wanb": {}}'], "wanb"),
+        (["--address", "localhost:1"], "it looks like http://HEAD:8265"),
     ],
 )
 def test_mistakes_are_named_here(arguments, message, plugin_here, pipeline_file, capsys, monkeypatch):

@@ -53,24 +53,22 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_train(args: argparse.Namespace) -> int:
+    from hovle_train.failure import ending_with_75
+
+    with ending_with_75():
+        return _run_train(args)
+
+
+def _run_train(args: argparse.Namespace) -> int:
     from hovle_train.lineage import check_run, check_texts
-    from hovle_train.observers import Observers
     from hovle_train.pipeline import Pipeline
     from hovle_train.ray_trainer import check_local
-    from hovle_train.stages.base import make_stage
-    from hovle_train.storage import RemoteRun
-    from hovle_train.wrappers import check_wrappers
 
     plugins: HovlePlugins = args.plugins
     job = load(args, plugins.registry)
     recipes = job.select(args.first, args.last) if isinstance(job, Pipeline) else {job.stage.name: job}
+    check_recipes(recipes, plugins)
     for recipe in recipes.values():
-        # A stage's options, and what it does not read, are errors here already.
-        make_stage(recipe, plugins.registry)
-        Observers(plugins, Run(recipe.path, recipe.stage.name, recipe.model_dump(mode="json")))
-        check_wrappers(plugins, recipe.model.wrappers)
-        if recipe.train.storage_path:
-            RemoteRun(recipe.train.storage_path)
         if not args.print_config and not is_finished(recipe.path):
             check_texts(recipe, plugins.registry)
             if args.local:
@@ -88,6 +86,22 @@ def run_train(args: argparse.Namespace) -> int:
         check_run(job, plugins.registry)
         train(job, local=args.local)
     return 0
+
+
+def check_recipes(recipes: Mapping[str, Recipe], plugins: HovlePlugins) -> None:
+    """Raise ValueError naming a stage's option, an observer's setting, a wrapper or a `storage_path` that cannot be:
+    here already, and not where the stage starts."""
+    from hovle_train.observers import Observers
+    from hovle_train.stages.base import make_stage
+    from hovle_train.storage import RemoteRun
+    from hovle_train.wrappers import check_wrappers
+
+    for recipe in recipes.values():
+        make_stage(recipe, plugins.registry)
+        Observers(plugins, Run(recipe.path, recipe.stage.name, recipe.model_dump(mode="json")))
+        check_wrappers(plugins, recipe.model.wrappers)
+        if recipe.train.storage_path:
+            RemoteRun(recipe.train.storage_path)
 
 
 def load(args: argparse.Namespace, registry: Registry) -> Recipe | Pipeline:

@@ -22,7 +22,7 @@ from typing import Self
 from safetensors import SafetensorError
 
 from hovle_train.lock import is_running
-from hovle_train.runs import FAILED_FILE, write_text
+from hovle_train.runs import FAILED_FILE, is_finished, write_text
 from hovle_train.runtime import Runtime
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again.
@@ -54,17 +54,37 @@ class DiskFull(ValueError):
 
 
 @contextmanager
-def stop_on_sigterm(run_dir: Path, asked: threading.Event) -> Iterator[None]:
+def ending_with_75() -> Iterator[None]:
+    """Within: SIGTERM ends this process with EXIT_STOPPED where no run is under way that has to be stopped first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(EXIT_STOPPED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def stop_on_sigterm(run_dir: Path, asked: threading.Event, may_wait: bool = False) -> Iterator[None]:
     """Within: SIGTERM asks the run in `run_dir` to stop behind its next step, or before the first, and sets `asked`.
 
     The request is a file, since a run's folder is what all its workers share; one of an earlier start is dropped.
-    Outside of the main thread Python takes no signals.
+    may_wait: there may be no worker yet, or none left, to read it; then Stopped is raised where SIGTERM finds this
+    process. Outside of the main thread Python takes no signals.
     """
     request = run_dir / STOP_FILE
 
     def ask(number: int, frame: FrameType | None) -> None:
         request.touch()
         asked.set()
+        if may_wait and not is_running(run_dir) and not is_finished(run_dir):
+            raise Stopped(run_dir)
 
     run_dir.mkdir(parents=True, exist_ok=True)
     request.unlink(missing_ok=True)

@@ -114,12 +114,12 @@ class TeacherFeatures:
                 store.add(position, keys, self.compute(tiles).cpu())
                 if progress is not None:
                     progress(len(store.keys))
-        os.replace(store.features, folder / FEATURES)
         count = max(1, len(store.keys) * self.num_tokens)
         mean = (store.total / count).tolist() if self.centre else [0.0] * self.size
         index = folder / "index.tmp"
         shape = [len(store.keys), self.num_tokens, self.size]
         index.write_text(json.dumps({"keys": store.keys, "mean": mean, "shape": shape, "made_by": made_by}))
+        os.replace(store.features, folder / FEATURES)
         os.replace(index, folder / INDEX)
         store.remove_lines()
         self.open_store(folder, made_by)

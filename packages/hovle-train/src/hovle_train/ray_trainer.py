@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import sys
 import tempfile
 import threading
@@ -25,6 +26,7 @@ from hovle_train.export import git_commit, write_json
 from hovle_train.failure import Stopped, note_failure, stop_on_sigterm
 from hovle_train.lineage import absolute
 from hovle_train.priority import have_ray_wait, own_ray
+from hovle_train.room import check_room, cores_a_worker
 from hovle_train.runs import is_finished
 from hovle_train.runtime import Runtime
 
@@ -100,8 +102,8 @@ def run_on_ray(recipe: Recipe, asked: threading.Event | None = None) -> None:
     A worker that dies is restarted up to `resources.max_failures` times and resumes from the newest checkpoint in
     `run_dir`, which all workers must share. Raises ray.train's TrainingFailedError after that. What a restart cannot
     mend (a bad recipe, unreadable data, a full disk, a loss that is not finite, a rank that hangs) is not tried again,
-    and raises RecipeError. SIGTERM to this process sets `asked`, stops all workers behind a checkpoint or before the
-    first step, and raises Stopped.
+    and raises RecipeError. Raises ValueError for workers that a Ray of our own has no room for. SIGTERM to this process
+    sets `asked`, stops all workers behind a checkpoint or before the first step, and raises Stopped.
     """
     asked = asked or threading.Event()
     start_ray()
@@ -110,16 +112,14 @@ def run_on_ray(recipe: Recipe, asked: threading.Event | None = None) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     resources = recipe.resources
-    cpus = resources.cpus_per_worker or max(
-        1, int(ray.cluster_resources().get("CPU", 1)) // resources.num_workers
-    )
+    cpus = resources.cpus_per_worker or cores_a_worker(recipe, ray.nodes())
     labels: dict[str, Any] = {"label_selector": resources.labels} if resources.labels else {}
     # A step of one worker is all of the machine's; several, and teachers, are served by Ray while they compute.
-    alone = resources.num_workers == 1 and resources.teacher_pool is None
+    alone, own = resources.num_workers == 1 and resources.teacher_pool is None, own_ray()
     config = {
         "recipe": absolute(recipe).model_dump(mode="json"),
         "commit": git_commit(),
-        "ray": own_ray() if alone else [],
+        "ray": own if alone else [],
     }
     attempt = secrets.token_hex(8)
     pool: list[Any] = []
@@ -150,7 +150,8 @@ def run_on_ray(recipe: Recipe, asked: threading.Event | None = None) -> None:
         ),
     )
     try:
-        with stop_on_sigterm(recipe.path, asked):
+        with stop_on_sigterm(recipe.path, asked, may_wait=True):
+            check_room(recipe, cpus, is_own=bool(own))
             pool += _start_pool(recipe)
             trainer.fit()
     finally:
@@ -205,12 +206,16 @@ def start_ray() -> None:
     import ray  # some of these it reads now
 
     debug = os.environ.get("HOVLE_DEBUG", "0") not in ("", "0")
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
     ray.init(
         address=address or "local",
         include_dashboard=None if address else False,
         logging_level=logging.INFO if debug else logging.ERROR,
         log_to_driver=debug,
     )
+    if main and callable(before):  # Ray's own ends with code 15
+        signal.signal(signal.SIGTERM, before)
     logging.getLogger("ray.train").setLevel(logging.INFO if debug else logging.WARNING)
 
 

@@ -49,16 +49,18 @@ def add_submit_parser(cli: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run_submit(args: argparse.Namespace) -> int:
     """Exit code: that of `hovle train` on the cluster; with `--no-wait`, 0 once it is submitted."""
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
-    from hovle_train.commands import load
+    from hovle_train.commands import check_recipes, load
     from hovle_train.pipeline import Pipeline
 
     environment = _environment(args.env)
     job = load(args, args.plugins.registry)
     stretch = []
+    recipes = {job.stage.name: job} if not isinstance(job, Pipeline) else job.select(args.first, args.last)
+    check_recipes(recipes, args.plugins)  # a mistake is found here and not on the cluster
     if isinstance(job, Pipeline):
-        job.select(args.first, args.last)  # a mistake is found here and not on the cluster
         for flag, label in (("--from", args.first), ("--until", args.last)):
             stretch += [flag, label] if label is not None else []
     address = args.address or os.environ.get("RAY_API_SERVER_ADDRESS")
@@ -66,8 +68,8 @@ def run_submit(args: argparse.Namespace) -> int:
         raise ValueError("no cluster named: give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS")
     try:
         client = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
-        raise ValueError(f"--address {address}: {error}") from None
+    except (ConnectionError, RuntimeError, RayError) as error:
+        raise ValueError(f"--address {address}: {error} (it looks like http://HEAD:8265)") from None
     with tempfile.TemporaryDirectory(prefix="hovle-submit-") as folder:
         pack_workspace(Path(folder), job)
         submission_id = client.submit_job(
