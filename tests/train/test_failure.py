@@ -7,6 +7,7 @@ import resource
 import signal
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from hovle_train.failure import DiskFull, NonFiniteError, place_of
 from hovle_train.loop import Trainer
 from hovle_train.metrics import read_metrics
 from hovle_train.ray_trainer import run_local
-from hovle_train.runs import FAILED_FILE, is_finished
+from hovle_train.runs import FAILED_FILE, is_finished, write_text
 from hovle_train.runtime import Runtime
 
 
@@ -99,24 +100,32 @@ def test_sigterm_stops_behind_a_checkpoint_with_a_code_of_its_own(
     assert_same(stopped, final_weights(whole))
 
 
-def test_sigterm_while_nobody_trains_ends_at_once_with_the_same_code(tmp_path, no_harm):
-    """Before a run, and where Ray has no worker for it yet; not where one trains, or has finished."""
+def be_asked(seconds=10):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(seconds)
 
-    def be_asked():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)
 
+def test_sigterm_before_a_run_ends_the_command_with_the_same_code(no_harm):
     with pytest.raises(SystemExit) as exit_, failure.ending_with_75():
         be_asked()
     assert exit_.value.code == 75
-    asked = threading.Event()
-    with failure.stop_on_sigterm(tmp_path, asked, may_wait=True):
-        with lock.alone_in(tmp_path):
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert asked.wait(10)
-        with pytest.raises(failure.Stopped):
-            be_asked()
     assert signal.getsignal(signal.SIGTERM) is no_harm
+
+
+@pytest.mark.parametrize("sign", [None, "lock", "recipe"])
+def test_sigterm_is_not_waited_for_where_no_worker_has_begun(tmp_path, no_harm, sign):
+    (tmp_path / "recipe.yaml").write_text("of an earlier start")
+    asked = threading.Event()
+    with failure.stop_on_sigterm(tmp_path, asked, may_wait=True), ExitStack() as worker:
+        if sign == "lock":
+            worker.enter_context(lock.alone_in(tmp_path))
+        elif sign == "recipe":
+            write_text(tmp_path / "recipe.yaml", "of this one")
+        if sign is not None:
+            be_asked(0.1)
+            assert asked.is_set()
+        with pytest.raises(failure.Stopped):  # asked twice, it is not waited for either
+            be_asked()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from typing import Self
 from safetensors import SafetensorError
 
 from hovle_train.lock import is_running
-from hovle_train.runs import FAILED_FILE, is_finished, write_text
+from hovle_train.runs import FAILED_FILE, RECIPE_FILE, is_finished, write_text
 from hovle_train.runtime import Runtime
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again.
@@ -75,15 +75,18 @@ def stop_on_sigterm(run_dir: Path, asked: threading.Event, may_wait: bool = Fals
     """Within: SIGTERM asks the run in `run_dir` to stop behind its next step, or before the first, and sets `asked`.
 
     The request is a file, since a run's folder is what all its workers share; one of an earlier start is dropped.
-    may_wait: there may be no worker yet, or none left, to read it; then Stopped is raised where SIGTERM finds this
-    process. Outside of the main thread Python takes no signals.
+    may_wait: there may be no worker yet to read it; then Stopped is raised where SIGTERM finds this process, and a
+    second SIGTERM raises it whatever workers do. Outside of the main thread Python takes no signals.
     """
-    request = run_dir / STOP_FILE
+    request, before_start = run_dir / STOP_FILE, _version(run_dir / RECIPE_FILE)
 
     def ask(number: int, frame: FrameType | None) -> None:
+        again = asked.is_set()
         request.touch()
         asked.set()
-        if may_wait and not is_running(run_dir) and not is_finished(run_dir):
+        # A worker writes the recipe down when it begins; its lock may be unseen here (network file systems).
+        begun = is_running(run_dir) or _version(run_dir / RECIPE_FILE) != before_start
+        if may_wait and (again or not begun) and not is_finished(run_dir):
             raise Stopped(run_dir)
 
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -97,6 +100,16 @@ def stop_on_sigterm(run_dir: Path, asked: threading.Event, may_wait: bool = Fals
     finally:
         signal.signal(signal.SIGTERM, before)
         request.unlink(missing_ok=True)
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is replaced; None without one. Opened, since a network file system then looks anew."""
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def asked_to_stop(run_dir: Path) -> bool:
