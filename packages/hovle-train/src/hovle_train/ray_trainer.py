@@ -154,6 +154,10 @@ def run_on_ray(recipe: Recipe, asked: threading.Event | None = None) -> None:
             check_room(recipe, cpus, is_own=bool(own))
             pool += _start_pool(recipe)
             trainer.fit()
+    except SystemExit:  # Stopped, of which Ray's waiting leaves no more than that
+        if asked.is_set():
+            raise Stopped(recipe.path) from None
+        raise
     finally:
         for teacher in pool:
             ray.kill(teacher)
