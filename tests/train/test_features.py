@@ -1,6 +1,8 @@
 """Teacher features on the student's grid."""
 
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +133,50 @@ def test_what_is_not_of_this_store_is_not_gone_on_with(broken_off, spoil, made_b
     features.build_store(killed, batches_of(tiles), made_by=made_by)
     assert features.teacher.seen == 16
     assert (killed / "features.float16").read_bytes() == (whole / "features.float16").read_bytes()
+
+
+def test_features_whose_index_found_no_room_are_not_computed_again(tmp_path, monkeypatch):
+    tiles, store = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8), tmp_path / "store"
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name == "index.json":
+            raise OSError("no room")
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="no room"):
+            TeacherFeatures(GridTeacher(), num_tokens=4).build_store(store, batches_of(tiles), made_by="a")
+    features = TeacherFeatures(Counting(), num_tokens=4)
+    assert not features.open_store(store)
+    features.build_store(store, batches_of(tiles), made_by="a")
+    assert features.teacher.seen == 0
+    fresh = TeacherFeatures(GridTeacher(), num_tokens=4)
+    fresh.build_store(tmp_path / "fresh", batches_of(tiles), made_by="a")
+    for name in ("features.float16", "index.json"):
+        assert (store / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+
+def test_a_batch_that_failed_is_not_kept(tmp_path, monkeypatch):
+    """Out of memory, say: neither its rows nor its share of the mean."""
+    tiles = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
+
+    class Failing(GridTeacher):
+        def features(self, tiles):
+            found = super().features(tiles)
+            if float(tiles.float().sum()) == float(self.bad.float().sum()):
+                raise MemoryError
+            return found
+
+    teacher = Failing()
+    teacher.bad = tiles[8:12]
+    with pytest.raises(MemoryError):
+        TeacherFeatures(teacher, num_tokens=4).build_store(tmp_path / "failed", batches_of(tiles))
+    again = TeacherFeatures(Counting(), num_tokens=4)
+    again.build_store(tmp_path / "failed", batches_of(tiles))
+    assert again.teacher.seen == 8
+    TeacherFeatures(GridTeacher(), num_tokens=4).build_store(tmp_path / "fresh", batches_of(tiles))
+    assert (tmp_path / "failed" / "index.json").read_bytes() == (
+        tmp_path / "fresh" / "index.json"
+    ).read_bytes()

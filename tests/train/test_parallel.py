@@ -124,7 +124,6 @@ def test_two_ranks_with_fsdp2_are_one_process(make_recipe, plugins, tmp_path):
     assert weights(moved, "final_ema").keys() == weights(moved).keys()
 
 
-@pytest.mark.slow
 def test_two_ranks_asked_to_stop_while_they_are_prepared_both_do(make_recipe, tmp_path):
     recipe = make_recipe("alignment", run_dir=str(tmp_path / "asked"))
     recipe.path.mkdir()
@@ -134,6 +133,7 @@ def test_two_ranks_asked_to_stop_while_they_are_prepared_both_do(make_recipe, tm
     assert not (recipe.path / "final").exists()
 
 
+@pytest.mark.slow
 def test_unequal_ranks_share_a_step_by_their_speed_and_compute_the_same(make_recipe, plugins, tmp_path):
     train = {"steps": 24, "micro_batch_tokens": 48, "min_fill": 0}
     alone = make_recipe("instruction_tuning", run_dir=str(tmp_path / "alone"), train=train)

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -54,7 +55,7 @@ def curve(recipe, name="loss"):
 
 def test_a_cluster_s_processes_are_left_alone():
     """Whoever calls it has no raylet of its own for a parent."""
-    onlooker = "/ray/_private/log_monitor.py"
+    onlooker = str(Path(ray.__file__).with_name("_private") / "log_monitor.py")
     subprocess = psutil.Popen(["bash", "-c", f"exec -a {onlooker} sleep 60"])
     try:
         deadline = time.monotonic() + 20
@@ -102,7 +103,7 @@ def test_what_of_ray_only_looks_on_waits_for_the_worker_and_nothing_else_does(lo
                 policies.pop("ray::RayTrainWorker", None)
             time.sleep(0.2)
 
-    recipe = make_recipe("alignment", train={"steps": 400})
+    recipe = make_recipe("alignment", train={"steps": 200})
     watcher = threading.Thread(target=look)
     watcher.start()
     run_on_ray(recipe)

@@ -46,7 +46,9 @@ def test_a_node_that_is_gone_has_nothing(make_recipe):
         ({"num_workers": 2}, [node(CPU=4), node(CPU=4)], 4),
         ({"num_workers": 1}, [node(CPU=1), node(CPU=1), node(CPU=1)], 1),  # not three: no node has them
         ({"num_workers": 1, "teacher_pool": {"cpus": 1}}, [node(CPU=2)], 1),
+        ({"num_workers": 1, "teacher_pool": {"actors": 5, "cpus": 0.4}}, [node(CPU=8)], 6),
         ({"num_workers": 3}, [node(CPU=2)], 1),
+        ({"num_workers": 2, "use_gpu": True}, [node(CPU=8)], 4),  # GPUs are to come
     ],
 )
 def test_workers_share_the_cores_that_there_are(make_recipe, resources, nodes, cores):

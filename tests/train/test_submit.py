@@ -125,7 +125,8 @@ def test_a_jobs_folder_is_enough(plugin_here, pipeline_file, tmp_path, monkeypat
         (["--address", "http://127.0.0.1:1", "--until", "nothing"], "--until nothing: no such stage"),
         (["--set", "distillation.stage.options.haed=mlp"], "haed: unknown key"),
         (["--set", 'alignment.observers={"wanb": {}}'], "wanb"),
-        (["--address", "localhost:1"], "it looks like http://HEAD:8265"),
+        # Ray looks for such a one for half a minute.
+        pytest.param(["--address", "localhost:1"], "it looks like http://HEAD:8265", marks=pytest.mark.slow),
     ],
 )
 def test_mistakes_are_named_here(arguments, message, plugin_here, pipeline_file, capsys, monkeypatch):

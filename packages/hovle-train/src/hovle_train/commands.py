@@ -88,9 +88,12 @@ def _run_train(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_recipes(recipes: Mapping[str, Recipe], plugins: HovlePlugins) -> None:
+def check_recipes(recipes: Mapping[str, Recipe], plugins: HovlePlugins, elsewhere: bool = False) -> None:
     """Raise ValueError naming a stage's option, an observer's setting, a wrapper or a `storage_path` that cannot be:
-    here already, and not where the stage starts."""
+    here already, and not where the stage starts.
+
+    elsewhere: it will run on other machines, whose file systems are not these.
+    """
     from hovle_train.observers import Observers
     from hovle_train.stages.base import make_stage
     from hovle_train.storage import RemoteRun
@@ -100,7 +103,7 @@ def check_recipes(recipes: Mapping[str, Recipe], plugins: HovlePlugins) -> None:
         make_stage(recipe, plugins.registry)
         Observers(plugins, Run(recipe.path, recipe.stage.name, recipe.model_dump(mode="json")))
         check_wrappers(plugins, recipe.model.wrappers)
-        if recipe.train.storage_path:
+        if recipe.train.storage_path and not elsewhere:
             RemoteRun(recipe.train.storage_path)
 
 

@@ -28,6 +28,7 @@ from hovle_train.runtime import Runtime
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again.
 EXIT_STOPPED = 75
 STOP_FILE = "stop"
+AGAIN_SECONDS = 5.0  # some send a signal to a process and then to its group
 STACKS = "hung"
 NON_FINITE_FILE = "nonfinite.json"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -76,12 +77,16 @@ def stop_on_sigterm(run_dir: Path, asked: threading.Event, may_wait: bool = Fals
 
     The request is a file, since a run's folder is what all its workers share; one of an earlier start is dropped.
     may_wait: there may be no worker yet to read it; then Stopped is raised where SIGTERM finds this process, and a
-    second SIGTERM raises it whatever workers do. Outside of the main thread Python takes no signals.
+    second SIGTERM, AGAIN_SECONDS later, raises it whatever workers do. Outside of the main thread Python takes no
+    signals.
     """
     request, before_start = run_dir / STOP_FILE, _version(run_dir / RECIPE_FILE)
+    first = [time.monotonic()]
 
     def ask(number: int, frame: FrameType | None) -> None:
-        again = asked.is_set()
+        again = asked.is_set() and time.monotonic() - first[0] > AGAIN_SECONDS
+        if not asked.is_set():
+            first[0] = time.monotonic()
         request.touch()
         asked.set()
         # A worker writes the recipe down when it begins; its lock may be unseen here (network file systems).

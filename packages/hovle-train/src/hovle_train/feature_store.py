@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What a kill or a power cut loses at most of a teacher's work.
+FEATURES, INDEX = "features.float16", "index.json"
+# What a kill or a power cut loses at most of a teacher's work, beside the batch under way.
 SYNC_SECONDS = 10.0
 
 
@@ -31,18 +32,23 @@ class GrowingStore:
         self.position, self.keys = 0, list[str]()
         self.total = torch.zeros(row[1], dtype=torch.float64)
         head = json.loads(json.dumps({"made_by": made_by, "row": row}))
+        finished = folder / FEATURES
+        if not self.features.exists() and finished.exists() and not (folder / INDEX).exists():
+            os.replace(finished, self.features)  # its index was not written any more
         if not self._continue(head):
             self._lines.write_text(json.dumps(head) + "\n")
             self.features.write_bytes(b"")
         self._file = self.features.open("ab")
         self._synced, self._known = time.monotonic(), len(self.keys)
+        self._done = (self.position, len(self.keys), self.total)
 
     def add(self, position: int, keys: list[str], features: Tensor) -> None:
         """Rows `[N, P, C]` behind those before; `position` is where to go on behind them."""
+        total = self.total + features.double().sum((0, 1))
         self._file.write(features.half().numpy().tobytes())
-        self.position = position
         self.keys += keys
-        self.total += features.double().sum((0, 1))
+        self.position, self.total = position, total
+        self._done = (position, len(self.keys), total)  # at once: what is interrupted before this is not kept
         if time.monotonic() - self._synced >= SYNC_SECONDS:
             self._sync()
 
@@ -60,12 +66,14 @@ class GrowingStore:
     def _sync(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
-        line = {"position": self.position, "keys": self.keys[self._known :], "total": self.total.tolist()}
+        position, count, total = self._done
+        line = {"position": position, "keys": self.keys[self._known : count], "total": total.tolist()}
         with self._lines.open("a") as lines:
             lines.write(json.dumps(line) + "\n")
             lines.flush()
+            self._known = count
             os.fsync(lines.fileno())
-        self._synced, self._known = time.monotonic(), len(self.keys)
+        self._synced = time.monotonic()
 
     def _continue(self, head: Any) -> bool:
         """Take up what is there, if it is of the same teacher and data; a line that was cut short does not count."""

@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hovle_core.roles import TeacherEncoder
-from hovle_train.feature_store import GrowingStore
+from hovle_train.feature_store import FEATURES, INDEX, GrowingStore
 
 CENTRE_TILES = 512
-FEATURES, INDEX = "features.float16", "index.json"
 
 
 def to_student_grid(features: Tensor, num_tokens: int) -> Tensor:
@@ -119,6 +118,7 @@ class TeacherFeatures:
         index = folder / "index.tmp"
         shape = [len(store.keys), self.num_tokens, self.size]
         index.write_text(json.dumps({"keys": store.keys, "mean": mean, "shape": shape, "made_by": made_by}))
+        (folder / INDEX).unlink(missing_ok=True)  # of another store
         os.replace(store.features, folder / FEATURES)
         os.replace(index, folder / INDEX)
         store.remove_lines()

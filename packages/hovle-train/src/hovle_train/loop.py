@@ -106,6 +106,7 @@ class Trainer:
     def _run_alone(self) -> None:
         if self.runtime.is_main:
             remove_leftovers(self.recipe.path)
+            (self.recipe.path / STATUS_FILE).unlink(missing_ok=True)  # what was waited for is here
             if self.remote is not None:
                 self.remote.pull_final(self.recipe)
         self.runtime.barrier()

@@ -7,6 +7,7 @@ they have nothing to do (benchmarks/train_loop.py).
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -26,10 +27,12 @@ _ONLOOKERS = (
 
 def own_ray() -> list[int]:
     """Process ids of a Ray that this process started on this machine; none where it joined a cluster."""
-    found = []
+    import ray
+
+    found, home = [], str(Path(ray.__file__).parent)
     for child in psutil.Process().children():
         with suppress(psutil.Error):  # it ended meanwhile
-            if any("/ray/" in argument for argument in child.cmdline()):
+            if any(argument.startswith(home) for argument in child.cmdline()):
                 found.append(child.pid)
     return found
 

@@ -212,12 +212,17 @@ def start_ray() -> None:
     debug = os.environ.get("HOVLE_DEBUG", "0") not in ("", "0")
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
-    ray.init(
-        address=address or "local",
-        include_dashboard=None if address else False,
-        logging_level=logging.INFO if debug else logging.ERROR,
-        log_to_driver=debug,
-    )
+    try:
+        ray.init(
+            address=address or "local",
+            include_dashboard=None if address else False,
+            logging_level=logging.INFO if debug else logging.ERROR,
+            log_to_driver=debug,
+        )
+    except SystemExit:  # what Ray makes of a SIGTERM meanwhile
+        if main and callable(before):
+            before(signal.SIGTERM, None)
+        raise
     if main and callable(before):  # Ray's own ends with code 15
         signal.signal(signal.SIGTERM, before)
     logging.getLogger("ray.train").setLevel(logging.INFO if debug else logging.WARNING)

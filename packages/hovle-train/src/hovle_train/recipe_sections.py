@@ -232,7 +232,7 @@ class TeacherPoolConfig(Section):
 
 
 class ResourcesConfig(Section):
-    """What Ray is asked for. `cpus_per_worker` also sets a worker's threads; None shares out this machine's cores."""
+    """What Ray is asked for. `cpus_per_worker` also sets a worker's threads; None shares out the cores there are."""
 
     num_workers: int = Field(1, ge=1)
     cpus_per_worker: int | None = Field(None, ge=1)

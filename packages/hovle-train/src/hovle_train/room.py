@@ -10,6 +10,8 @@ from hovle_train.runs import STATUS_FILE, write_text
 
 logger = logging.getLogger(__name__)
 
+# Ray's own unit of a resource, in which ten tenths are one.
+_UNIT = 10_000
 # Of a node's resources, what nobody asks for in a recipe.
 _OWN = ("node:", "memory", "object_store_memory")
 
@@ -44,23 +46,28 @@ def requests(recipe: Recipe, cpus: int) -> list[Request]:
 
 
 def cores_a_worker(recipe: Recipe, nodes: Sequence[Mapping[str, Any]]) -> int:
-    """As many cores as all workers can have of what the nodes have, when teachers have theirs; at least one."""
+    """As many cores as all workers can have of what the nodes have, when teachers have theirs; at least one.
+
+    Where they do not fit yet, an equal share of the cores that there are: a cluster may grow.
+    """
     most = max((int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"]), default=1)
     rooms = (cpus for cpus in range(most, 0, -1) if without_room(requests(recipe, cpus), nodes) is None)
-    return next(rooms, 1)
+    total = sum(int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"])
+    return next(rooms, max(1, total // recipe.resources.num_workers))
 
 
 def without_room(asked: Sequence[Request], nodes: Sequence[Mapping[str, Any]]) -> Request | None:
     """The first request that does not fit into what `ray.nodes()` tells of, all of it being free, one after the other;
     None if all do."""
-    free = [(dict(node["Resources"]), node.get("Labels", {})) for node in nodes if node["Alive"]]
+    free = [(_units(node["Resources"]), node.get("Labels", {})) for node in nodes if node["Alive"]]
     for request in asked:
+        bundle = _units(request.bundle)
         for _ in range(request.count):
             for has, labels in free:
                 if _matches(request.labels, labels) and all(
-                    has.get(name, 0) >= amount for name, amount in request.bundle.items()
+                    has.get(name, 0) >= amount for name, amount in bundle.items()
                 ):
-                    for name, amount in request.bundle.items():
+                    for name, amount in bundle.items():
                         has[name] -= amount
                     break
             else:
@@ -95,6 +102,10 @@ def _said(node: Mapping[str, Any]) -> str:
         f"label {k}={v}" for k, v in sorted(node.get("Labels", {}).items()) if not k.startswith("ray.io/")
     ]
     return ", ".join(has) or "a node without resources"
+
+
+def _units(resources: Mapping[str, float]) -> dict[str, int]:
+    return {name: round(amount * _UNIT) for name, amount in resources.items()}
 
 
 def _matches(wanted: Mapping[str, str], labels: Mapping[str, str]) -> bool:

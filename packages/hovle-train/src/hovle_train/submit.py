@@ -59,7 +59,7 @@ def run_submit(args: argparse.Namespace) -> int:
     job = load(args, args.plugins.registry)
     stretch = []
     recipes = {job.stage.name: job} if not isinstance(job, Pipeline) else job.select(args.first, args.last)
-    check_recipes(recipes, args.plugins)  # a mistake is found here and not on the cluster
+    check_recipes(recipes, args.plugins, elsewhere=True)  # a mistake is found here and not on the cluster
     if isinstance(job, Pipeline):
         for flag, label in (("--from", args.first), ("--until", args.last)):
             stretch += [flag, label] if label is not None else []

@@ -209,7 +209,7 @@ class Distillation(Stage):
             "teacher": made_by(self.options.all_teachers),
             "centred": self.features.centre,
             "connected": self.features.connected,
-            "image": [self.features.num_tokens, self.recipe.model.image.model_dump(mode="json")],
+            "image": [self.features.num_tokens, processor.image_processor.to_dict()],
             "data": [source.model_dump(mode="json") for source in self.recipe.data.images],
             "content": [content_of(source) for source in mixture.sources],
         }
