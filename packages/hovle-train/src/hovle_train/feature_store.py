@@ -29,8 +29,9 @@ class GrowingStore:
     def __init__(self, folder: Path, row: tuple[int, int], made_by: Any):
         self.features, self._lines = folder / "features.tmp", folder / "rows.tmp"
         self._row = row
-        self.position, self.keys = 0, list[str]()
-        self.total = torch.zeros(row[1], dtype=torch.float64)
+        self.keys: list[str] = []
+        # Position, rows and total, replaced at once: of what is interrupted in the middle nothing is kept.
+        self._done = (0, 0, torch.zeros(row[1], dtype=torch.float64))
         head = json.loads(json.dumps({"made_by": made_by, "row": row}))
         finished = folder / FEATURES
         if not self.features.exists() and finished.exists() and not (folder / INDEX).exists():
@@ -40,15 +41,21 @@ class GrowingStore:
             self.features.write_bytes(b"")
         self._file = self.features.open("ab")
         self._synced, self._known = time.monotonic(), len(self.keys)
-        self._done = (self.position, len(self.keys), self.total)
+
+    @property
+    def position(self) -> int:
+        return self._done[0]
+
+    @property
+    def total(self) -> Tensor:
+        return self._done[2]
 
     def add(self, position: int, keys: list[str], features: Tensor) -> None:
         """Rows `[N, P, C]` behind those before; `position` is where to go on behind them."""
         total = self.total + features.double().sum((0, 1))
         self._file.write(features.half().numpy().tobytes())
         self.keys += keys
-        self.position, self.total = position, total
-        self._done = (position, len(self.keys), total)  # at once: what is interrupted before this is not kept
+        self._done = (position, len(self.keys), total)
         if time.monotonic() - self._synced >= SYNC_SECONDS:
             self._sync()
 
@@ -90,8 +97,8 @@ class GrowingStore:
         if size < bytes_:
             return False
         if len(found) > 1:
-            self.position, self.keys = found[-1]["position"], keys
-            self.total = torch.tensor(found[-1]["total"], dtype=torch.float64)
+            total = torch.tensor(found[-1]["total"], dtype=torch.float64)
+            self.keys, self._done = keys, (found[-1]["position"], len(keys), total)
         os.truncate(self._lines, whole.rfind(b"\n") + 1)
         os.truncate(self.features, bytes_)
         return True
