@@ -42,6 +42,22 @@ def test_mfu_is_a_share_of_the_devices_peak(monkeypatch):
     assert peak_flops(torch.device("cpu"), torch.float32) > 1e8
 
 
+def test_the_peak_of_a_slow_device_is_not_waited_for(monkeypatch):
+    """A first line of metrics waits for it: no larger matmuls where small ones take long, the largest elsewhere."""
+    sides, rate = [], 1e9
+
+    def timed(matrix):
+        sides.append(len(matrix))
+        return 2 * len(matrix) ** 3 / rate
+
+    monkeypatch.setattr("hovle_train.speed._time_matmul", timed)
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) == pytest.approx(1e9)
+    assert set(sides) == {256}
+    rate = 1e12
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) == pytest.approx(1e12)
+    assert set(sides) == {256, 512, 1024}
+
+
 @pytest.mark.parametrize(
     ("name", "peak"),
     [("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12),
