@@ -18,6 +18,7 @@ import yaml
 
 from hovle_core.cli import main
 from hovle_core.plugins import load_plugins
+from hovle_train import submit
 from hovle_train.pipeline import load_pipeline
 from hovle_train.runs import is_finished, read_summary
 from hovle_train.submit import pack_workspace
@@ -46,7 +47,11 @@ def plugin_here(tmp_path, monkeypatch):
     info = site / "hovle_greys-0.3.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hovle-greys\nVersion: 0.3.0\n")
-    (info / "entry_points.txt").write_text("[hovle]\ngreys = hovle_greys.plugin\n")
+    (info / "entry_points.txt").write_text(
+        "[hovle]\ngreys = hovle_greys.plugin\nsilent = hovle_greys_silent\n"
+    )
+    # A second package of the same distribution.
+    (site / "hovle_greys_silent.py").write_text("HOVLE_HOOK_API = 1\n")
     monkeypatch.syspath_prepend(site)
     yield
     for module in [name for name in sys.modules if name.startswith("hovle_greys")]:
@@ -85,6 +90,25 @@ def pipeline_file(world, tmp_path):
     return path
 
 
+def test_a_head_that_has_just_started_is_waited_for(monkeypatch):
+    class Client:
+        calls = 0
+
+        def submit_job(self, entrypoint):
+            self.calls += 1
+            if self.calls < 3:
+                raise RuntimeError("Request failed with status code 500: No available agent to submit job")
+            return entrypoint
+
+    client = Client()
+    monkeypatch.setattr(submit, "POLL_S", 0)
+    assert submit._submit(client, entrypoint="x") == "x"
+    monkeypatch.setattr(submit, "AGENT_SECONDS", -1)
+    client.calls = 0
+    with pytest.raises(RuntimeError, match="No available agent"):
+        submit._submit(client, entrypoint="x")
+
+
 def test_a_jobs_folder_is_enough(plugin_here, pipeline_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     registry = load_plugins().registry
@@ -109,7 +133,7 @@ def test_a_jobs_folder_is_enough(plugin_here, pipeline_file, tmp_path, monkeypat
     core, train, versions = json.loads(done.stdout)
     assert Path(core).is_relative_to(folder)
     assert Path(train).is_relative_to(folder)
-    assert versions["greys"] == "hovle-greys 0.3.0"
+    assert versions["greys"] == versions["silent"] == "hovle-greys 0.3.0"
     assert versions == load_plugins().versions
     recipes = load_pipeline(folder / "job.yaml", [], registry).recipes
     assert recipes["alignment"].run_dir == str(tmp_path / "here" / "alignment")

@@ -30,6 +30,8 @@ JOB_FILE = "job.yaml"
 # Set on the cluster as they are here; a tracker's key and hub ids' cache are the user's to pass with --env.
 PASSED_ON = ("HOVLE_PLUGINS", "HOVLE_DEBUG", "HF_HUB_OFFLINE", "WANDB_MODE", "OMP_WAIT_POLICY")
 POLL_S = 1.0
+# What a head takes at most, on a busy machine, until its agent answers.
+AGENT_SECONDS = 60.0
 
 
 def add_submit_parser(cli: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -72,7 +74,8 @@ def run_submit(args: argparse.Namespace) -> int:
         raise ValueError(f"--address {address}: {error} (it looks like http://HEAD:8265)") from None
     with tempfile.TemporaryDirectory(prefix="hovle-submit-") as folder:
         pack_workspace(Path(folder), job)
-        submission_id = client.submit_job(
+        submission_id = _submit(
+            client,
             entrypoint=" ".join(["python -m hovle_core.cli train", JOB_FILE, *stretch]),
             submission_id=args.submission_id,
             runtime_env={"working_dir": folder, "env_vars": environment},
@@ -81,6 +84,18 @@ def run_submit(args: argparse.Namespace) -> int:
     if args.no_wait:
         return 0
     return follow(client, submission_id)
+
+
+def _submit(client: JobSubmissionClient, **job: Any) -> str:
+    """Submit, and wait for a head that has just started until it has somebody to take jobs."""
+    deadline = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_S)
 
 
 def _environment(given: list[str]) -> dict[str, str]:
@@ -98,8 +113,9 @@ def pack_workspace(folder: Path, job: Recipe | Pipeline) -> None:
 
     Paths that exist here are written down as absolute: they must lead to the same things on the cluster.
     """
-    for distribution, package in plugin_distributions().items():
-        _copy_package(package, folder)
+    for distribution, packages in plugin_distributions().items():
+        for package in packages:
+            _copy_package(package, folder)
         metadata = folder / f"{distribution.name.replace('-', '_')}-{distribution.version}.dist-info"
         metadata.mkdir()
         for name in ("METADATA", "entry_points.txt"):
@@ -107,16 +123,17 @@ def pack_workspace(folder: Path, job: Recipe | Pipeline) -> None:
     (folder / JOB_FILE).write_text(_absolute(job).to_yaml())
 
 
-def plugin_distributions() -> dict[Distribution, str]:
-    """Each installed distribution with a plugin, and its top-level package."""
-    found: dict[str, tuple[Distribution, str]] = {}
+def plugin_distributions() -> dict[Distribution, list[str]]:
+    """Each installed distribution with plugins, and their top-level packages."""
+    found: dict[str, tuple[Distribution, set[str]]] = {}
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         if entry.dist is None:
             raise ValueError(
                 f"plugin {entry.name!r} belongs to no installed distribution: install it with pip"
             )
-        found.setdefault(entry.dist.name, (entry.dist, entry.module.partition(".")[0]))
-    return dict(found.values())
+        _, packages = found.setdefault(entry.dist.name, (entry.dist, set()))
+        packages.add(entry.module.partition(".")[0])
+    return {distribution: sorted(packages) for distribution, packages in found.values()}
 
 
 def _copy_package(package: str, folder: Path) -> None:
