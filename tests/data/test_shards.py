@@ -62,6 +62,15 @@ def test_index_and_scan_agree(tmp_path, samples):
     assert scanned.manifest() == manifest == {"shards": 3, "samples": 5, "sha256": index.sha256}
 
 
+def test_tars_without_an_index_are_hashed_once(tmp_path, samples, monkeypatch):
+    write_shards(samples, tmp_path / "out", samples_per_shard=2)
+    (tmp_path / "out" / "index.json").unlink()
+    source = ShardSource(tmp_path / "out")
+    first = source.manifest()
+    monkeypatch.setattr("hovle_data.shards.file_sha256", lambda path: pytest.fail(f"{path} is read again"))
+    assert source.manifest() == first
+
+
 def test_same_samples_same_bytes(tmp_path, samples):
     one, two = (write_shards(samples, tmp_path / name) for name in ("a", "b"))
     assert one == two

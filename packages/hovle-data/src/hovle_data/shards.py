@@ -142,6 +142,7 @@ class ShardSource:
         if not self.folder.exists():
             raise ValueError(f"path={path} is no folder; give a folder of .tar shards")
         self.problems: list[str] = []
+        self._sha256: str | None = None
         self._shards = self._open(only)
         if not self._shards:
             raise ValueError(f"path={path} holds no .tar; give a folder of .tar shards")
@@ -172,14 +173,19 @@ class ShardSource:
         return self._where(self._shards[self._number(i)])
 
     def manifest(self) -> dict[str, Any]:
-        """{"shards", "samples", "sha256"}: what a run notes as the data it saw. Hashes tars that have no index."""
+        """{"shards", "samples", "sha256"}: what a run notes as its data. Tars without an index are hashed, once."""
+        if self._sha256 is None:
+            self._sha256 = combined_sha256(self._hashes())
+        return {"shards": len(self._shards), "samples": len(self), "sha256": self._sha256}
+
+    def _hashes(self) -> list[str]:
         hashes = []
         for shard in self._shards:
             try:
                 hashes.append(shard.sha256 or file_sha256(self.folder.local(shard.name)))
             except FileNotFoundError:
                 hashes.append("missing")
-        return {"shards": len(self._shards), "samples": len(self), "sha256": combined_sha256(hashes)}
+        return hashes
 
     def counts(self, name: str) -> NDArray[np.int32] | None:
         """Per-sample `[samples]` "tokens" or "tiles" as a build with a processor counted them, None without."""
