@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hovle_core.testing import tiny_hovle, tiny_tokenizer
 from hovle_data.quarantine import Ledger
@@ -60,6 +61,35 @@ def test_whole_samples_are_dropped_and_the_mean_stays(model):
     rows = (kept != 0).any(-1)
     torch.testing.assert_close(kept[rows], reference[rows] / 0.7)
     assert torch.equal(block_outputs(model.eval(), branch, x, positions)[0], plain), "eval drops nothing"
+
+
+def forget_what_was_kept(trainer):
+    """For the last row of training, before anything is exported."""
+    export = trainer.stage.export
+
+    def forgetful(*given):
+        trainer.drop_path._kept.clear()
+        export(*given)
+
+    trainer.stage.export = forgetful
+
+
+def test_an_average_beside_is_exported_without_what_was_dropped(make_recipe, plugins, tmp_path):
+    """Its copy of the model computes rows of other lengths than the last step's, to match norms."""
+    weights = []
+    for name in ("plain", "again"):
+        recipe = make_recipe(
+            "distillation",
+            run_dir=str(tmp_path / name),
+            train={"steps": 2, "drop_path": {"rate": 0.5, "depth": "uniform"}},
+            optim={"ema": {"decay": 0.5, "export": "beside"}},
+        )
+        trainer = Trainer(recipe, plugins, Runtime())
+        if name == "again":
+            forget_what_was_kept(trainer)
+        trainer.run()
+        weights.append(load_file(recipe.path / "final_ema" / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_recomputed_activations_drop_the_same(make_recipe, plugins, tmp_path):

@@ -39,7 +39,9 @@ class DropPath:
         for i, block in enumerate(self.blocks):
             block.register_forward_pre_hook(self._draw(i), with_kwargs=True)
             for branch in (block.self_attn, block.mlp):
-                branch.register_forward_hook(self._scale)
+                # A function, and no bound method: a copy of the model takes that as it is, and not a copy of this
+                # object with what was kept for other rows.
+                branch.register_forward_hook(lambda *given: self._scale(*given))
 
     def set_step(self, step: int) -> None:
         """The rates of `step`, before its first forward."""
