@@ -150,6 +150,9 @@ def test_one_damaged_run_hides_no_other(two_runs, tmp_path, capsys):
         ("recipe.yaml", b"stage: {name: alignment}\ntrain: {steps: many}"),
         ("final/hovle_run.json", b'{"parent": '),
         ("final/hovle_run.json", b"[]"),
+        ("final/hovle_run.json", b'{"tokens": 5, "plugins": null, "data_manifest": []}'),
+        ("final/hovle_run.json", b'{"tokens": "many", "seconds": null}'),
+        ("metrics.jsonl", b'{"step": 0, "loss": "small"}\n'),
         ("metrics.jsonl", b'\xff\n["no"]\n{"loss": 1}\n{"step": 0, "loss": 1.0}\n'),
     ],
 )

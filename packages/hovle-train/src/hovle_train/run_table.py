@@ -58,7 +58,10 @@ class RunInfo:
             card = json.loads(path.read_bytes()) if path is not None else {}
         except (OSError, ValueError):
             return {}
-        return card if isinstance(card, dict) else {}
+        if not isinstance(card, dict):
+            return {}
+        shapes = {"plugins": dict, "data_manifest": dict, "tokens": int, "seconds": int | float}
+        return {key: value for key, value in card.items() if isinstance(value, shapes.get(key, object))}
 
     @property
     def is_rejected(self) -> bool:
@@ -103,7 +106,10 @@ class RunInfo:
     def last(self) -> str:
         """The last loss and cosines, in words."""
         last = self.metrics[-1] if self.metrics else {}
-        return "  ".join(f"{name} {last[name]:.4f}" for name in SHOWN if last.get(name) is not None)
+        shown = {name: last.get(name) for name in SHOWN}
+        return "  ".join(
+            f"{name} {value:.4f}" for name, value in shown.items() if isinstance(value, int | float)
+        )
 
     @property
     def parent(self) -> str | None:

@@ -122,7 +122,9 @@ def _facts(run: RunInfo) -> dict[str, str]:
         "plugins": ", ".join(f"{name} = {version}" for name, version in card.get("plugins", {}).items()),
         **{field: _source(source) for field, source in card.get("data_manifest", {}).items()},
         "language": _language(card.get("language")),
-        "cost": f"{card['tokens']:,} tokens in {_duration(card['seconds'])}" if "tokens" in card else None,
+        "cost": f"{card['tokens']:,} tokens in {_duration(card['seconds'])}"
+        if {"tokens", "seconds"} <= card.keys()
+        else None,
         "last metrics": "  ".join(f"{k} {v:.4g}" for k, v in last.items() if isinstance(v, int | float)),
     }
     return {name: str(value) for name, value in facts.items() if value not in (None, "")}
