@@ -117,6 +117,24 @@ def test_a_store_that_was_broken_off_is_gone_on_with(broken_off):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
 
+def emptied(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("name", ["index.json", "features.float16"])
+@pytest.mark.parametrize("spoil", [emptied, Path.unlink])
+def test_a_damaged_store_is_computed_again(name, spoil, broken_off, caplog):
+    tiles, whole, _ = broken_off
+    content = (whole / name).read_bytes()
+    spoil(whole / name)
+    features = TeacherFeatures(Counting(), num_tokens=4)
+    assert not features.open_store(whole, "a")
+    assert ("are damaged" in caplog.text) == (whole / "index.json").exists()
+    features.build_store(whole, batches_of(tiles), made_by="a")
+    assert (whole / name).read_bytes() == content
+    assert TeacherFeatures(GridTeacher(), num_tokens=4).open_store(whole, "a")
+
+
 def lost(folder):
     (folder / "features.tmp").write_bytes(b"0" * 8)
 

@@ -106,3 +106,12 @@ def test_tiles_asked_for_twice_and_never(actors):
     assert torch.equal(pool.features(as_tiles([one])), expected[:1])
     assert not pool._asked
     assert [len(args[0]) for actor in actors for args in actor.calls] == [2, 5]
+
+
+def test_a_pool_without_gpus_leaves_those_of_its_node_alone(plugins, monkeypatch):
+    monkeypatch.setattr(teacher_pool, "load_plugins", lambda: plugins)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(TeacherEncoder, "to", lambda teacher, device: teacher)
+    assert Teacher("grid", {}, 1, on_gpu=False).device.type == "cpu"
+    assert Teacher("grid", {}, 1, on_gpu=True).device.type == "cuda"

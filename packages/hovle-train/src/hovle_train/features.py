@@ -4,6 +4,7 @@ Shapes: N tiles, P image tokens a tile (a square grid), C teacher channels, S ti
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 
 from hovle_core.roles import TeacherEncoder
 from hovle_train.feature_store import FEATURES, INDEX, GrowingStore
+
+logger = logging.getLogger(__name__)
 
 CENTRE_TILES = 512
 
@@ -86,10 +89,15 @@ class TeacherFeatures:
         index = folder / INDEX
         if not index.is_file():
             return False
-        content = json.loads(index.read_text())
-        if made_by is not None and content["made_by"] != json.loads(json.dumps(made_by)):
+        try:
+            content = json.loads(index.read_text())
+            if made_by is not None and content["made_by"] != json.loads(json.dumps(made_by)):
+                return False
+            shape = tuple(content["shape"])
+            self._store = np.memmap(folder / FEATURES, dtype=np.float16, mode="r", shape=shape)
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            logger.warning("teacher features in %s are damaged (%s): they are computed again", folder, error)
             return False
-        self._store = np.memmap(folder / FEATURES, dtype=np.float16, mode="r", shape=tuple(content["shape"]))
         self._rows = {key: row for row, key in enumerate(content["keys"])}
         self.mean = torch.tensor(content["mean"])
         return True
@@ -117,7 +125,11 @@ class TeacherFeatures:
         mean = (store.total / count).tolist() if self.centre else [0.0] * self.size
         index = folder / "index.tmp"
         shape = [len(store.keys), self.num_tokens, self.size]
-        index.write_text(json.dumps({"keys": store.keys, "mean": mean, "shape": shape, "made_by": made_by}))
+        content = {"keys": store.keys, "mean": mean, "shape": shape, "made_by": made_by}
+        with index.open("w") as file:
+            file.write(json.dumps(content))
+            file.flush()
+            os.fsync(file.fileno())
         (folder / INDEX).unlink(missing_ok=True)  # of another store
         os.replace(store.features, folder / FEATURES)
         os.replace(index, folder / INDEX)

@@ -33,13 +33,13 @@ TILES_A_CALL = 16
 
 
 class Teacher:
-    """One teacher, as an actor."""
+    """One teacher, as an actor; on a GPU where its pool has some."""
 
-    def __init__(self, name: str, options: dict[str, Any], threads: int):
+    def __init__(self, name: str, options: dict[str, Any], threads: int, on_gpu: bool):
         torch.set_num_threads(threads)
         self.teacher: TeacherEncoder = load_plugins().registry.build("teacher", name, **options)
         self.teacher.eval()
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
         self.teacher.to(self.device)
 
     def layer_sizes(self) -> list[int]:
@@ -75,7 +75,9 @@ def start_pool(recipe: Recipe) -> list[Any]:
     }
     actor = ray.remote(Teacher)
     return [
-        actor.options(name=name, **options).remote(teacher["name"], teacher.get("options", {}), threads)
+        actor.options(name=name, **options).remote(
+            teacher["name"], teacher.get("options", {}), threads, on_gpu=pool.gpus > 0
+        )
         for name in pool_names(recipe)
     ]
 
