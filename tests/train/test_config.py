@@ -8,7 +8,9 @@ import yaml
 
 from hovle_core.cli import main
 from hovle_data.sections import read_yaml
+from hovle_train.loop import Trainer
 from hovle_train.recipe_file import apply_overrides, load_recipe, parse_recipe
+from hovle_train.runtime import Runtime
 
 MINIMAL = {
     "stage": {"name": "alignment"},
@@ -285,6 +287,26 @@ def test_dry_run_shows_the_plan_and_writes_nothing(make_recipe, tmp_path, capsys
     recipe.path.write_text("mine")
     with pytest.raises(ValueError, match="run_dir .* is a file"):
         dry_run(recipe, plugins)
+
+
+@pytest.mark.parametrize("storage", ["runs/x", "runs/x/", "runs/y/../x/copies", "file://{here}/runs/x"])
+def test_copies_in_the_run_itself_are_refused(storage, tmp_path, monkeypatch):
+    """They would be deleted to make room for themselves."""
+    monkeypatch.chdir(tmp_path)
+    train = MINIMAL["train"] | {"storage_path": storage.format(here=tmp_path)}
+    with pytest.raises(
+        ValueError, match=r"train.storage_path .* is in run_dir runs/x: .* name a place outside"
+    ):
+        parse_recipe(MINIMAL | {"train": train})
+    for fine in ("runs/x2", "s3://bucket/runs/x", "runs"):
+        parse_recipe(MINIMAL | {"train": train | {"storage_path": fine}})
+
+
+def test_an_attention_that_is_not_here_is_named(make_recipe, plugins):
+    recipe = make_recipe("alignment")
+    recipe.model.attention = "flash_attention_9"
+    with pytest.raises(ValueError, match="model.attention 'flash_attention_9': "):
+        Trainer(recipe, plugins, Runtime()).prepare()
 
 
 @pytest.mark.parametrize("dry", [True, False])

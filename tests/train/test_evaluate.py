@@ -137,3 +137,12 @@ def test_long_texts_are_cut(model, processor):
     assert evaluate.perplexity(model, processor, [text], max_tokens=10) == pytest.approx(
         math.exp(loss / count), rel=1e-5
     )
+
+
+def test_a_text_may_be_longer_than_a_row(processor, monkeypatch):
+    """`language.max_tokens` has no bound of its own."""
+    llm, text = tiny_llm(len(processor.tokenizer)).eval(), "a red square " * 20
+    whole = evaluate.perplexity(llm, processor, [text])
+    monkeypatch.setattr(evaluate, "MAX_TOKENS", 16)
+    assert len(processor.encode_text(text).input_ids) > 16
+    assert evaluate.perplexity(llm, processor, [text]) == pytest.approx(whole, rel=1e-5)

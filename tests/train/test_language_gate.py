@@ -76,6 +76,10 @@ def test_a_stage_past_its_bound_fails_and_can_be_accepted(make_recipe, plugins, 
         train(recipe, local=True)  # judged again, not trained again
     stamp = (recipe.path / "metrics.jsonl").stat().st_mtime_ns
     recipe.language.max_increase = after / before
+    recipe.language.num_texts -= 1
+    with pytest.raises(ValueError, match="language.texts, num_texts or max_tokens are others now"):
+        train(recipe, local=True)  # what was measured is not what is asked for
+    recipe.language.num_texts += 1
     train(recipe, local=True)
     assert is_finished(recipe.path)
     assert read_summary(recipe.path)["language"]["after"]["things"] == pytest.approx(after, abs=0.01)
@@ -103,11 +107,13 @@ def test_a_finished_run_is_judged_by_the_bounds_of_now(make_recipe, plugins, wor
 
 
 def test_what_a_finished_run_was_not_asked_for_is_said(make_recipe, world, tmp_path, capsys):
-    train(make_recipe("alignment", train={"steps": 1}), local=True)
-    later = {"train": {"steps": 1, "storage_path": str(tmp_path / "store")}}
+    folder = str(tmp_path / "a run [b]")  # printed as it is
+    train(make_recipe("alignment", run_dir=folder, train={"steps": 1}), local=True)
+    later = {"run_dir": folder, "train": {"steps": 1, "storage_path": str(tmp_path / "store")}}
     train(make_recipe("alignment", language=gate(world), **later), local=True, label="second")
     said = capsys.readouterr().err
     assert "second: finished already" in said
+    assert folder in said
     assert "its language was not measured on these texts" in said
     assert "nothing was copied to" in said
     assert not (tmp_path / "store").exists()

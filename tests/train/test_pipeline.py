@@ -16,8 +16,10 @@ from hovle_train import loop
 from hovle_train.commands import train_pipeline
 from hovle_train.failure import Stopped
 from hovle_train.lineage import parent_of
+from hovle_train.loop import Trainer
 from hovle_train.pipeline import load_pipeline
 from hovle_train.runs import RUN_CARD, is_finished, read_summary
+from hovle_train.runtime import Runtime
 
 
 @pytest.fixture
@@ -97,6 +99,16 @@ def test_what_is_printed_is_the_same_pipeline(pipeline_file, plugins, tmp_path, 
     again = load_pipeline(printed, [], plugins.registry)
     assert again == load_pipeline(pipeline_file, ["alignment.optim.lr=7e-4"], plugins.registry)
     assert again.recipes["alignment"].optim.lr == 7e-4
+
+
+def test_labels_with_dots_are_overridden_too(pipeline_file, plugins):
+    raw = yaml.safe_load(pipeline_file.read_text())
+    raw["stages"]["alignment.2"] = raw["stages"]["alignment"] | {"stage": {"name": "alignment"}}
+    pipeline_file.write_text(yaml.safe_dump(raw, sort_keys=False))
+    overrides = ["alignment.2.optim.lr=7e-4", "alignment.optim.lr=5e-4"]
+    recipes = load_pipeline(pipeline_file, overrides, plugins.registry).recipes
+    assert recipes["alignment.2"].optim.lr == 7e-4
+    assert recipes["alignment"].optim.lr == 5e-4
 
 
 def test_each_stage_has_copies_of_its_own(pipeline_file, plugins, tmp_path):
@@ -237,6 +249,38 @@ def test_data_that_changed_since_a_stage_finished_are_named(pipeline_file, plugi
         train_pipeline(pipeline, only, plugins.registry, local=True)
     shutil.rmtree(own)
     train_pipeline(pipeline, only, plugins.registry, local=True)  # deleted to save space: nothing to compare
+
+
+def test_folders_that_moved_hold_what_they_held(
+    pipeline_file, world, plugins, tmp_path, run_killed_after, monkeypatch, capsys
+):
+    """Finished stages stay finished, and a broken one goes on, where parent and data are the same elsewhere."""
+    monkeypatch.setattr("hovle_train.ray_trainer.load_plugins", lambda: plugins)
+    own = tmp_path / "own"
+    shutil.copytree(world / "pairs", own)
+    overrides = [f"alignment.data.sources.0.path={own}"]
+    pipeline = load_pipeline(pipeline_file, overrides, plugins.registry)
+    train_pipeline(pipeline, pipeline.select("language_modeling", "alignment"), plugins.registry, local=True)
+    tuning = pipeline.recipes["instruction_tuning"]
+    run_killed_after(Trainer(tuning, plugins, Runtime()), 2)
+    assert not is_finished(tuning.path)
+
+    pipeline.run_dir.rename(tmp_path / "moved")
+    own.rename(tmp_path / "own2")
+    overrides = [f"run_dir={tmp_path}/moved", f"alignment.data.sources.0.path={tmp_path}/own2"]
+    again = load_pipeline(pipeline_file, overrides, plugins.registry)
+    capsys.readouterr()
+    train_pipeline(again, again.recipes, plugins.registry, local=True)
+    assert capsys.readouterr().err.count("finished already") == 3
+    assert is_finished(again.recipes["instruction_tuning"].path)
+    Trainer(again.recipes["alignment"], plugins, Runtime()).run()  # nor does the loop itself object
+
+    others = [overrides[0], f"alignment.data.sources.0.path={world}/chats"]
+    other = load_pipeline(pipeline_file, others, plugins.registry)
+    with pytest.raises(ValueError, match=r"made by another recipe \(data.sources.0.path: "):
+        train_pipeline(other, other.recipes, plugins.registry, local=True)
+    with pytest.raises(ValueError, match=r"made by another recipe \(data.sources.0.path: "):
+        Trainer(other.recipes["alignment"], plugins, Runtime()).run()
 
 
 def test_a_dry_run_says_what_waits_for_what(pipeline_file, plugins, world, capsys):

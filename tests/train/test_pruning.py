@@ -9,8 +9,8 @@ from hovle_train.storage import RemoteRun
 TENSORS = {name: {"w": torch.ones(2)} for name in (checkpoint.MODEL, checkpoint.OPTIMIZER)}
 
 
-def save(folder, step, keep):
-    return checkpoint.save(folder, step, TENSORS, {}, keep)
+def save(folder, step, keep, state=None):
+    return checkpoint.save(folder, step, TENSORS, state or {}, keep)
 
 
 def names(folder):
@@ -43,16 +43,18 @@ def test_a_torn_one_is_not_counted(tmp_path):
     assert names(tmp_path) == [1, 3]
 
 
-def test_a_store_keeps_what_was_copied_last(tmp_path):
+def test_a_store_keeps_what_was_copied_last(make_recipe, tmp_path):
     """One machine died while it copied step 10, and the next one goes on behind 8."""
     store, here = RemoteRun(str(tmp_path / "store")), tmp_path / "run" / "checkpoints"
     (here.parent / "metrics.jsonl").parent.mkdir()
     (here.parent / "metrics.jsonl").write_text("")
+    recipe = make_recipe("alignment", run_dir=str(tmp_path / "other"))
+    state = {"recipe": recipe.model_dump(mode="json")}
     for step in (8, 10):
-        store.push(save(here, step, 1), here.parent, keep=1 if step == 8 else 2)
+        store.push(save(here, step, 1, state), here.parent, keep=1 if step == 8 else 2)
     copies = tmp_path / "store" / "checkpoints"
     (copies / "step-00000010" / checkpoint.STATE).unlink()
-    store.push(save(here, 9, 1), here.parent, keep=1)
+    store.push(save(here, 9, 1, state), here.parent, keep=1)
     assert names(copies) == [9]
-    store.pull(tmp_path / "other")
+    store.pull(recipe)
     assert names(tmp_path / "other" / "checkpoints") == [9]

@@ -101,7 +101,7 @@ def test_a_run_goes_on_where_nothing_but_the_store_is_left(make_recipe, plugins,
     content[-1] ^= 1
     fs.pipe_file(torn, bytes(content))
     recipe.path.mkdir()
-    RemoteRun(url).pull(recipe.path)
+    RemoteRun(url).pull(recipe)
     assert "step-00000003 is damaged" in caplog.text
     assert [path.name for path in (recipe.path / "checkpoints").iterdir()] == ["step-00000002"]
 
@@ -206,6 +206,31 @@ def test_a_rejected_run_is_copied_when_it_is_accepted(make_recipe, plugins, worl
     for name in ("final", "final_ema"):
         assert files_of(store / name) == files_of(recipe.path / name) != {}
     assert json.loads((store / "summary.json").read_text()) == read_summary(recipe.path)
+
+
+def test_a_copy_of_another_recipe_is_not_taken_and_said_to_be_there(
+    make_recipe, world, plugins, tmp_path, run_killed_after
+):
+    """Or deleting the run's folder, as advised, would bring it back for ever."""
+    train = {"storage_path": str(tmp_path / "store")}
+    data = {"sources": [{"path": str(tmp_path / "pairs")}]}
+    shutil.copytree(world / "pairs", tmp_path / "pairs")
+    run_killed_after(Trainer(make_recipe("alignment", train=train, data=data), plugins, Runtime()), 5)
+    other = make_recipe("alignment", train=train, data=data, optim={"lr": 1e-3})
+    shutil.rmtree(other.path)
+    with pytest.raises(ValueError, match=r"optim.lr: .*That is the copy in train.storage_path"):
+        Trainer(other, plugins, Runtime()).run()
+    assert not list((other.path / "checkpoints").glob("*"))
+    same = make_recipe("alignment", train=train, data=data)
+    shutil.rmtree(tmp_path / "pairs")
+    shutil.copytree(world / "chats", tmp_path / "pairs")
+    with pytest.raises(ValueError, match="made from other data: .*That is the copy in train.storage_path"):
+        Trainer(same, plugins, Runtime()).run()
+    assert not list((same.path / "checkpoints").glob("*"))
+    shutil.rmtree(tmp_path / "pairs")
+    shutil.copytree(world / "pairs", tmp_path / "pairs")
+    shutil.rmtree(tmp_path / "store")
+    Trainer(other, plugins, Runtime()).run()
 
 
 def test_a_copy_cannot_write_outside_of_the_run(make_recipe, tmp_path):

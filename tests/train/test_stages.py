@@ -13,6 +13,7 @@ from hovle_data.quarantine import Ledger
 from hovle_train import checkpoint
 from hovle_train.commands import train
 from hovle_train.freeze import freeze_except
+from hovle_train.lineage import absolute, check_run
 from hovle_train.loop import Trainer
 from hovle_train.metrics import read_metrics
 from hovle_train.runs import METRICS_FILE, is_finished, read_summary
@@ -127,6 +128,36 @@ def test_resumed_equals_uninterrupted(
     ]
     assert curves[0] == curves[1]
     assert [line["step"] for line in curves[0]] == list(range(6))
+
+
+def test_what_was_deleted_to_save_space_may_have_had_a_relative_path(
+    make_recipe, world, plugins, tmp_path, monkeypatch
+):
+    """Workers on Ray know it as an absolute one."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world / "pairs", "pairs")
+    recipe = make_recipe("alignment", data={"sources": [{"path": "pairs"}]}, train={"steps": 1})
+    Trainer(absolute(recipe), plugins, Runtime()).run()
+    shutil.rmtree("pairs")
+    check_run(recipe, plugins.registry)
+    recipe.data.sources[0].path = "others"
+    with pytest.raises(ValueError, match="data.sources.0.path: .*pairs', now 'others'"):
+        check_run(recipe, plugins.registry)
+
+
+def test_what_memory_asks_for_may_change_in_the_middle(make_recipe, plugins, run_killed_after):
+    """A run that found no room goes on in smaller pieces; not so where these are the rows of a step."""
+    recipe = make_recipe("alignment")
+    run_killed_after(Trainer(recipe, plugins, Runtime()), 3)
+    recipe.model.activation_checkpointing = True
+    recipe.train.micro_batch_tokens = 64
+    Trainer(recipe, plugins, Runtime()).run()
+    rows = {"global_batch_size": None, "global_batch_rows": 4}
+    cut = make_recipe("alignment", run_dir=f"{recipe.run_dir}2", train=rows)
+    run_killed_after(Trainer(cut, plugins, Runtime()), 3)
+    cut.train.micro_batch_tokens = 64
+    with pytest.raises(ValueError, match="micro_batch_tokens: 96, now 64"):
+        Trainer(cut, plugins, Runtime()).run()
 
 
 def test_a_torn_checkpoint_is_passed_over(make_recipe, plugins, tmp_path, run_killed_after):

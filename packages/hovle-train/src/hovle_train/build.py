@@ -169,8 +169,14 @@ def find_hovle(module: nn.Module) -> HovleForConditionalGeneration:
 
 
 def prepare_for_training(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Attention implementation and activation checkpointing, as the recipe asks."""
-    model.set_attn_implementation(config.attention)
+    """Attention implementation and activation checkpointing, as the recipe asks.
+
+    Raises ValueError naming `model.attention` where this machine does not have it.
+    """
+    try:
+        model.set_attn_implementation(config.attention)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"model.attention {config.attention!r}: {error}") from error
     if config.activation_checkpointing:
         # The oldest transformers that hovle-train takes knows it by its former name.
         name = "activation_checkpointing_enable"

@@ -182,7 +182,7 @@ def train(
     reconsider(recipe)
     if is_finished(recipe.path):
         check_finished(recipe)
-        console.print(f"{label}: {finished_already(recipe)}", highlight=False, soft_wrap=True)
+        console.print(f"{label}: {finished_already(recipe)}", markup=False, highlight=False, soft_wrap=True)
         return
     slow = not recipe.resources.use_gpu and not has_fast_bfloat16(torch.device("cpu"))
     if recipe.train.precision == "auto" and slow and not local:  # in this process the loop says so itself
@@ -191,11 +191,13 @@ def train(
         with noting_failure(recipe.path), follow(recipe.path, label, recipe.train.steps, console):
             (run_local if local else run_on_ray)(recipe, asked)
     except Stopped as stopped:
-        console.print(f"{label}: {stopped}", highlight=False, soft_wrap=True)
+        console.print(f"{label}: {stopped}", markup=False, highlight=False, soft_wrap=True)
         raise
     summary = read_summary(recipe.path)
     numbers = "  ".join(f"{k} {v:.4g}" for k, v in summary["metrics"].items() if isinstance(v, float))
-    console.print(f"{label}: {summary['seconds']:.0f} s  {numbers}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{label}: {summary['seconds']:.0f} s  {numbers}", markup=False, highlight=False, soft_wrap=True
+    )
     for name, error in summary.get("observer_errors", {}).items():
         console.print(
             f"[yellow]warning:[/] observer {name!r} failed {error['count']} times, and has missed that much; first: ",

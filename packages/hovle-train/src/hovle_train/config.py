@@ -74,6 +74,19 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _copies_lie_elsewhere(self) -> "Recipe":
+        storage = self.train.storage_path
+        if storage is None or ("://" in storage and not storage.startswith("file://")):
+            return self
+        copies, run = Path(storage.removeprefix("file://")).resolve(), self.path.resolve()
+        if copies == run or run in copies.parents:
+            raise ValueError(
+                f"train.storage_path {storage} is in run_dir {self.run_dir}: copies would replace what they are of; "
+                "name a place outside"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_pool_has_a_teacher(self) -> "Recipe":
         if self.resources.teacher_pool is None:
             return self

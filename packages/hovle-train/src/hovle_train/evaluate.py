@@ -60,7 +60,8 @@ def target_losses(
     results: list[tuple[float, int]] = [(0.0, 0)] * len(samples)
     done = 0
     with evaluating(model):
-        for packed in pack(named, MAX_TOKENS, max_tiles=512):
+        longest = max((len(sample.input_ids) for sample in named), default=0)
+        for packed in pack(named, max(MAX_TOKENS, longest), max_tiles=512):
             batch = packed.to(_device(model))
             keep = (batch.labels[0, 1:] != IGNORE_INDEX).nonzero()[:, 0]
             logits = model(**_inputs(model, batch, processor), logits_to_keep=keep, use_cache=False).logits[0]

@@ -22,7 +22,7 @@ from hovle_train.build import build_llm, build_processor, build_tokenizer
 from hovle_train.config import Recipe
 from hovle_train.evaluate import perplexity
 from hovle_train.export import finish, write_json
-from hovle_train.lineage import absolute, check_finished, check_same, parent_of
+from hovle_train.lineage import absolute, check_finished, check_made_by, checked_hash, parent_of
 from hovle_train.recipe_sections import LanguageConfig, Source
 from hovle_train.runs import (
     FINAL,
@@ -187,7 +187,14 @@ def reconsider(recipe: Recipe) -> None:
         if not (rejected / RUN_CARD).is_file():
             return
         card = json.loads((rejected / RUN_CARD).read_text())
-        check_same(card["recipe"], recipe, f"rejected checkpoint {rejected}")
+        parent = checked_hash(parent_of(recipe))
+        check_made_by(card, recipe, parent, None, f"rejected checkpoint {rejected}")
+        measured = Recipe.model_validate(card["recipe"])
+        if recipe.language is not None and _texts_of(recipe) != _texts_of(measured):
+            raise ValueError(
+                f"language.texts, num_texts or max_tokens are others now than {rejected} was measured on: restore "
+                f"them, or delete {recipe.run_dir} to train it again"
+            )
         check(card["language"], recipe)
         write_json(recipe.path / SUMMARY_FILE, card)
         finish(rejected, rejected / FINAL_EMA, recipe.path)

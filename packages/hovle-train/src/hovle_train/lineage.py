@@ -4,7 +4,7 @@ what a run started from is still what it was."""
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,28 +33,64 @@ FREE_FIELDS = (
     "parallel.strategy",
     "parallel.reshard_after_forward",
     "parallel.compile",
+    "model.activation_checkpointing",
 )
+# And what a step of so many samples is cut into; of a step of so many rows it is their length.
+FREE_BESIDE_SAMPLES = ("train.micro_batch_tokens", "train.micro_batch_tiles")
 
 DataManifest = dict[str, dict[str, Any]]
 
 
-def differences(saved: dict[str, Any], recipe: Recipe) -> list[str]:
-    """Fields in which a saved recipe and this one differ so that results would: `train.steps: 400, now 450`."""
+def differences(saved: dict[str, Any], recipe: Recipe, moved: Collection[str] = ()) -> list[str]:
+    """Fields in which a saved recipe and this one differ so that results would: `train.steps: 400, now 450`.
+
+    moved: fields of paths behind which the same content is.
+    """
     before = _flat(absolute(Recipe.model_validate(saved)).model_dump(mode="json"))
     now = _flat(absolute(recipe).model_dump(mode="json"))
     return [
         f"{field}: {before.get(field)!r}, now {now.get(field)!r}"
         for field in sorted(before.keys() | now.keys())
-        if before.get(field) != now.get(field)
+        if not _is_one(before.get(field), now.get(field))
         and field not in FREE_FIELDS
+        and field not in moved
+        and not (field in FREE_BESIDE_SAMPLES and recipe.train.global_batch_size is not None)
         and field.split(".", 1)[0] not in FREE_SECTIONS
     ]
 
 
-def check_same(saved: dict[str, Any], recipe: Recipe, what: str) -> None:
-    """Raise ValueError naming the fields in which `what` was made by another recipe."""
+def _is_one(before: Any, now: Any) -> bool:
+    """Equal, or one place: a path that is not here any more was absolute when it was."""
+    if before == now or not (isinstance(before, str) and isinstance(now, str)):
+        return bool(before == now)
+    return any(map(os.path.isabs, (before, now))) and os.path.realpath(before) == os.path.realpath(now)
+
+
+def check_made_by(
+    card: Mapping[str, Any], recipe: Recipe, parent_weights: str | None, data: DataManifest | None, what: str
+) -> None:
+    """Raise ValueError if recipe, parent or data are others now than `card` says `what` was made from.
+
+    Where the content is known to be the same, a parent or a source may have moved. data: what the sources hold now;
+    None where another check of this start looks at it, {} where none does, and paths count.
+    """
+    moved = set()
+    if parent_weights is not None and card.get("parent_weights") == parent_weights:
+        is_backbone = recipe.model.init_from is None  # see `parent_of`
+        moved.add("model.backbone.options.path" if is_backbone else "model.init_from")
+    for field, before in (card.get("data_manifest") or {}).items():
+        now = before if data is None else data.get(field, {})
+        if before.get("sha256") is not None and before["sha256"] == now.get("sha256"):
+            moved.add(f"{field}.path")
+    check_same(card["recipe"], recipe, what, moved)
+    check_parent(card.get("parent_weights"), parent_weights, recipe, what)
+    check_data(card.get("data_manifest"), data, recipe, what)
+
+
+def check_same(saved: dict[str, Any], recipe: Recipe, what: str, moved: Collection[str] = ()) -> None:
+    """Raise ValueError naming the fields, but for what has `moved`, in which `what` was made by another recipe."""
     try:
-        found = differences(saved, recipe)
+        found = differences(saved, recipe, moved)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
@@ -71,13 +107,11 @@ def check_same(saved: dict[str, Any], recipe: Recipe, what: str) -> None:
 
 def check_finished(recipe: Recipe, data: DataManifest | None = None) -> None:
     """Raise ValueError unless the finished run in the recipe's folder is of this recipe, of its parent as it is, and
-    of these `data`, and has the weights that it was left with."""
+    of these `data`, and has the weights that it was left with. data: as for `check_made_by`."""
     check_folder(recipe)
     card, what = read_summary(recipe.path), f"finished run {recipe.path}"
-    check_same(card["recipe"], recipe, what)
     checked_hash(recipe.run_dir)
-    check_parent(card.get("parent_weights"), checked_hash(parent_of(recipe)), recipe, what)
-    check_data(card.get("data_manifest"), data, recipe, what)
+    check_made_by(card, recipe, checked_hash(parent_of(recipe)), data, what)
 
 
 def check_run(recipe: Recipe, registry: Registry) -> None:
@@ -92,10 +126,9 @@ def check_run(recipe: Recipe, registry: Registry) -> None:
     if is_finished(recipe.path):
         check_finished(recipe, data)
         return
-    checked_hash(parent_of(recipe))
-    state, what = read_state(found[-1]), f"checkpoint {found[-1]}"
-    check_same(state["recipe"], recipe, what)
-    check_data(state.get("data_manifest"), data, recipe, what)
+    check_made_by(
+        read_state(found[-1]), recipe, checked_hash(parent_of(recipe)), data, f"checkpoint {found[-1]}"
+    )
 
 
 def check_folder(recipe: Recipe) -> None:

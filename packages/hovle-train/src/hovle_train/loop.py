@@ -37,7 +37,7 @@ from hovle_train.failure import (
 )
 from hovle_train.freeze import freeze_except, set_train_mode
 from hovle_train.language_gate import LanguageGate
-from hovle_train.lineage import check_finished
+from hovle_train.lineage import check_finished, data_manifest
 from hovle_train.lock import alone_in
 from hovle_train.metrics import truncate_metrics
 from hovle_train.notice import Notice
@@ -111,7 +111,7 @@ class Trainer:
                 self.remote.pull_final(self.recipe)
         self.runtime.barrier()
         if is_finished(self.recipe.path):
-            check_finished(self.recipe)
+            check_finished(self.recipe, data_manifest(self.recipe, self.stage.open))
             if self.remote is not None and self.runtime.is_main:
                 self.remote.push_final(self.recipe.path)  # unless it got there already
             return
@@ -194,7 +194,7 @@ class Trainer:
         """Load the newest whole checkpoint, if there is one; returns the first step to do."""
         if self.remote is not None:
             if self.runtime.is_main:
-                self.remote.pull(self.recipe.path)
+                self.remote.pull(self.recipe, self.record.data_manifest)
             self.runtime.barrier()
         found, first = checkpoint.newest(self.checkpoints), 0
         if found is not None:

@@ -107,9 +107,11 @@ def parse_pipeline(raw: dict[str, Any], overrides: list[str], registry: Registry
     own: dict[str, list[str]] = {label: [] for label in labels}
     of_all: list[str] = []
     for override in overrides:
-        head, _, rest = override.partition(".")
-        if head in own:
-            own[head].append(rest)
+        # A label may have dots itself.
+        label = max((label for label in own if override.startswith(f"{label}.")), key=len, default=None)
+        head = override.partition(".")[0]
+        if label is not None:
+            own[label].append(override.removeprefix(f"{label}."))
         elif re.match(r"run_dir=|common\.", override):
             of_all.append(override)
         else:

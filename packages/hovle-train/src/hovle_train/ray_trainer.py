@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import sys
 import tempfile
@@ -122,6 +123,7 @@ def run_on_ray(recipe: Recipe, asked: threading.Event | None = None) -> None:
         "ray": own if alone else [],
     }
     attempt = secrets.token_hex(8)
+    kept_by_ray = recipe.path.resolve() / "ray" / f"{recipe.stage.name}-{attempt}"
     pool: list[Any] = []
     trainer = TorchTrainer(
         _worker,
@@ -141,8 +143,9 @@ def run_on_ray(recipe: Recipe, asked: threading.Event | None = None) -> None:
             **labels,
         ),
         run_config=RunConfig(
-            name=recipe.stage.name,
-            storage_path=str(recipe.path.resolve() / "ray"),
+            # Its own for each start: what Ray keeps there of an earlier one is not needed, and it may be torn.
+            name=f"{recipe.stage.name}-{attempt}",
+            storage_path=str(kept_by_ray.parent),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=resources.max_failures),
             # Ray shows type checkers the class of its older Train.
@@ -161,6 +164,7 @@ def run_on_ray(recipe: Recipe, asked: threading.Event | None = None) -> None:
     finally:
         for teacher in pool:
             ray.kill(teacher)
+        shutil.rmtree(kept_by_ray, ignore_errors=True)
         error = _read_error(recipe.path, attempt)
         if error is not None:
             raise RecipeError(error)

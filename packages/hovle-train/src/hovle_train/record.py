@@ -10,9 +10,7 @@ from hovle_core.plugins import HovlePlugins
 from hovle_train.config import Recipe
 from hovle_train.lineage import (
     DataManifest,
-    check_data,
-    check_parent,
-    check_same,
+    check_made_by,
     checked_hash,
     data_manifest,
     parent_of,
@@ -49,9 +47,7 @@ class Record:
     def resume(self, state: Mapping[str, Any], path: Path) -> None:
         """Go on from what the checkpoint at `path` says. Raises ValueError if recipe, parent or data are others now."""
         what = f"checkpoint {path}"
-        check_same(state["recipe"], self.recipe, what)
-        check_parent(state.get("parent_weights"), self.parent_weights, self.recipe, what)
-        check_data(state.get("data_manifest"), self.data_manifest, self.recipe, what)
+        check_made_by(state, self.recipe, self.parent_weights, self.data_manifest, what)
         for change in self.plugins.changed_since(state["plugins"]):
             logger.warning("%s: results may differ from those of an uninterrupted run", change)
         self._earlier_seconds, self.tokens = state["seconds"], state["tokens"]

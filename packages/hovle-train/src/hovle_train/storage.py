@@ -16,7 +16,7 @@ import fsspec
 from hovle_train import checkpoint
 from hovle_train.config import Recipe
 from hovle_train.export import finish
-from hovle_train.lineage import check_parent, check_same, checked_hash, parent_of
+from hovle_train.lineage import DataManifest, check_made_by, checked_hash, parent_of
 from hovle_train.runs import (
     CHECKPOINTS,
     FINAL,
@@ -114,7 +114,8 @@ class RemoteRun:
         try:
             if not self._fetch(SUMMARY_FILE, hashes, temporary):
                 return
-            self._check(json.loads((temporary / SUMMARY_FILE).read_text()), recipe)
+            card = json.loads((temporary / SUMMARY_FILE).read_text())
+            self._check(card, recipe, f"finished run {self.url}", data={})
             if not all(self._fetch(name, hashes, temporary) for name in hashes):
                 return
             checkpoint.sync_folder(temporary / FINAL)
@@ -126,40 +127,48 @@ class RemoteRun:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def pull(self, run_dir: Path) -> None:
+    def pull(self, recipe: Recipe, data: DataManifest | None = None) -> None:
         """Bring the newest whole checkpoint, metrics and bad samples, unless the run's folder has one as new.
 
-        A torn or damaged one is passed over with a warning.
+        A torn or damaged one is passed over with a warning. Raises ValueError for one of another recipe, or from a
+        parent or data that are others now. data: as for `lineage.check_made_by`.
         """
-        here = checkpoint.newest(run_dir / CHECKPOINTS)
+        here = checkpoint.newest(recipe.path / CHECKPOINTS)
         for name in reversed(self._names(CHECKPOINTS)):
             if here is not None and here.name >= name:
                 return
-            temporary = run_dir / CHECKPOINTS / f".fetching-{os.getpid()}"
+            temporary = recipe.path / CHECKPOINTS / f".fetching-{os.getpid()}"
             shutil.rmtree(temporary, ignore_errors=True)
-            fetched = temporary / name
-            fetched.mkdir(parents=True)
-            for file in (checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE):
-                source = f"{self.root}/{CHECKPOINTS}/{name}/{file}"
-                if self._fs.exists(source):
-                    self._fs.get_file(source, str(fetched / file))
-            whole = checkpoint.newest(temporary) is not None
-            if whole:
-                shutil.rmtree(run_dir / CHECKPOINTS / name, ignore_errors=True)
-                os.replace(fetched, run_dir / CHECKPOINTS / name)
-                for file in self._names():
-                    if file == METRICS_FILE or file.startswith("quarantine"):
-                        self._fs.get_file(f"{self.root}/{file}", str(run_dir / file))
-                logger.info("fetched %s from %s", name, self.root)
-            shutil.rmtree(temporary)
-            if whole:
-                return
+            try:
+                if self._pull_one(name, temporary, recipe, data):
+                    return
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
 
-    def _check(self, card: dict[str, Any], recipe: Recipe) -> None:
-        what, now = f"finished run {self.url}", checked_hash(parent_of(recipe))
+    def _pull_one(self, name: str, temporary: Path, recipe: Recipe, data: DataManifest | None) -> bool:
+        """Bring the checkpoint `name`, by way of a folder beside; whether it is whole. Raises as `pull`."""
+        fetched = temporary / name
+        fetched.mkdir(parents=True)
+        for file in (checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE):
+            source = f"{self.root}/{CHECKPOINTS}/{name}/{file}"
+            if self._fs.exists(source):
+                self._fs.get_file(source, str(fetched / file))
+        if checkpoint.newest(temporary) is None:
+            return False
+        what = f"checkpoint {self.url}/{CHECKPOINTS}/{name}"
+        self._check(checkpoint.read_state(fetched), recipe, what, data)
+        target = recipe.path / CHECKPOINTS / name
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(fetched, target)
+        for file in self._names():
+            if file == METRICS_FILE or file.startswith("quarantine"):
+                self._fs.get_file(f"{self.root}/{file}", str(recipe.path / file))
+        logger.info("fetched %s from %s", name, self.root)
+        return True
+
+    def _check(self, card: dict[str, Any], recipe: Recipe, what: str, data: DataManifest | None) -> None:
         try:
-            check_same(card["recipe"], recipe, what)
-            check_parent(card.get("parent_weights"), now, recipe, what)
+            check_made_by(card, recipe, checked_hash(parent_of(recipe)), data, what)
         except ValueError as error:
             raise ValueError(
                 f"{error}. That is the copy in train.storage_path: name another place, or delete it as well"
