@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from textwrap import dedent
 
 import psutil
 import pytest
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 
 from hovle_train.loop import Trainer
 from hovle_train.metrics import read_metrics
-from hovle_train.priority import have_ray_wait, own_ray
+from hovle_train.own_ray import have_ray_wait
 from hovle_train.ray_trainer import RAY_ENVIRONMENT, RecipeError, run_local, run_on_ray
 from hovle_train.runs import is_finished, read_summary
 from hovle_train.runtime import Runtime
@@ -55,18 +57,35 @@ def curve(recipe, name="loss"):
 
 def test_a_cluster_s_processes_are_left_alone():
     """Whoever calls it has no raylet of its own for a parent."""
-    onlooker = str(Path(ray.__file__).with_name("_private") / "log_monitor.py")
-    subprocess = psutil.Popen(["bash", "-c", f"exec -a {onlooker} sleep 60"])
+    actor = psutil.Popen(["bash", "-c", "exec -a ray::SynchronizationActor sleep 60"])
     try:
         deadline = time.monotonic() + 20
-        while subprocess.cmdline()[:1] != [onlooker] and time.monotonic() < deadline:
+        while actor.cmdline()[:1] != ["ray::SynchronizationActor"] and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert subprocess.pid in own_ray()  # beside what an earlier test may have left to end
-        have_ray_wait([subprocess.pid])
-        assert os.sched_getscheduler(subprocess.pid) == os.SCHED_OTHER
+        have_ray_wait([os.getpid()])
+        assert os.sched_getscheduler(actor.pid) == os.SCHED_OTHER
     finally:
-        subprocess.kill()
-        subprocess.wait()
+        actor.kill()
+        actor.wait()
+
+
+def test_a_ray_of_our_own_is_without_what_nobody_looks_at():
+    """And it works: a task runs, and it shuts down."""
+    script = """
+        import psutil, ray
+        from hovle_train.ray_trainer import start_ray
+        start_ray()
+        assert ray.get(ray.remote(lambda: 2).remote()) == 2
+        scripts = [a for c in psutil.Process().children() if c.status() != "zombie" for a in c.cmdline()]
+        assert any(a.endswith("/raylet") for a in scripts), scripts
+        assert not [a for a in scripts if a.endswith(("monitor.py", "dashboard.py"))]
+        ray.shutdown()
+        assert not [c for c in psutil.Process().children() if c.status() != "zombie"]
+    """
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("HOVLE_DEBUG", "RAY_ADDRESS")
+    }
+    subprocess.run([sys.executable, "-c", dedent(script)], env=environment, check=True)
 
 
 def test_workers_that_this_machine_has_no_room_for_are_not_waited_for(local_ray, make_recipe):
@@ -86,7 +105,7 @@ def test_two_workers_equal_one_process(local_ray, make_recipe, tmp_path):
     assert largest_difference(final_weights(one), final_weights(two)) < 1e-4
 
 
-def test_what_of_ray_only_looks_on_waits_for_the_worker_and_nothing_else_does(local_ray, make_recipe):
+def test_what_of_ray_looks_after_the_worker_waits_for_it_and_nothing_else_does(local_ray, make_recipe):
     policies = {}
 
     def look():
@@ -108,9 +127,11 @@ def test_what_of_ray_only_looks_on_waits_for_the_worker_and_nothing_else_does(lo
     watcher.start()
     run_on_ray(recipe)
     watcher.join()
-    assert os.SCHED_IDLE in policies["ray::PlacementGroupCleaner"], sorted(policies)
-    for name in ("ray::RayTrainWorker", "ray::TrainController", "gcs_server", "raylet"):
+    for name in ("ray::SynchronizationActor", "ray::TrainController"):
+        assert os.SCHED_IDLE in policies[name], sorted(policies)
+    for name in ("ray::RayTrainWorker", "gcs_server", "raylet"):
         assert policies[name] == {os.SCHED_OTHER}, name
+    assert not policies.keys() & {"ray::PlacementGroupCleaner", "ray::DatasetManager"}
     policy = ray.remote(lambda: os.sched_getscheduler(0))
     assert ray.get(policy.remote()) == os.SCHED_OTHER
 

@@ -26,7 +26,7 @@ from hovle_train.config import Recipe
 from hovle_train.export import git_commit, write_json
 from hovle_train.failure import Stopped, note_failure, stop_on_sigterm
 from hovle_train.lineage import absolute
-from hovle_train.priority import have_ray_wait, own_ray
+from hovle_train.own_ray import end_onlookers, have_ray_wait, own_ray, without_onlookers
 from hovle_train.room import check_room, cores_a_worker
 from hovle_train.runs import is_finished
 from hovle_train.runtime import Runtime
@@ -125,7 +125,8 @@ def run_on_ray(recipe: Recipe, asked: threading.Event | None = None) -> None:
     attempt = secrets.token_hex(8)
     kept_by_ray = recipe.path.resolve() / "ray" / f"{recipe.stage.name}-{attempt}"
     pool: list[Any] = []
-    trainer = TorchTrainer(
+    trainer_class = without_onlookers(TorchTrainer) if own else TorchTrainer
+    trainer = trainer_class(
         _worker,
         train_loop_config={**config, "attempt": attempt},
         torch_config=TorchConfig(
@@ -229,6 +230,8 @@ def start_ray() -> None:
         raise
     if main and callable(before):  # Ray's own ends with code 15
         signal.signal(signal.SIGTERM, before)
+    if not address and not debug:
+        end_onlookers()
     logging.getLogger("ray.train").setLevel(logging.INFO if debug else logging.WARNING)
 
 
