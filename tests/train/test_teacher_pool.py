@@ -108,6 +108,24 @@ def test_tiles_asked_for_twice_and_never(actors):
     assert [len(args[0]) for actor in actors for args in actor.calls] == [2, 5]
 
 
+def test_all_teachers_look_at_batches_ahead_and_what_nobody_took_is_forgotten(actors):
+    pool = PooledTeacher(["a", "b"])
+    batches = [(n, as_tiles(samples(9))) for n in range(6)]  # 18 tiles each, the same ones
+    expected = Colours().features(batches[0][1])
+    for n, (number, tiles) in enumerate(pool.ahead(batches)):
+        assert n == number
+        assert torch.equal(pool.features(tiles), expected)
+    assert [len(actor.calls) for actor in actors] == [6, 6], "16 and 2 tiles of each batch"
+    assert not pool._asked
+    read = []
+    taken = pool.ahead(read.append(batch) or batch for batch in batches)
+    next(taken)
+    assert len(read) == 4, "as many as keep two teachers at work on two calls each"
+    pool.features(batches[0][1])
+    taken.close()
+    assert not pool._asked
+
+
 def test_a_pool_without_gpus_leaves_those_of_its_node_alone(plugins, monkeypatch):
     monkeypatch.setattr(teacher_pool, "load_plugins", lambda: plugins)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -14,8 +14,8 @@ import hashlib
 import itertools
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -29,7 +29,9 @@ from hovle_data.streams import UnpairedStream
 from hovle_train.config import Recipe
 
 Ask = Callable[[int, np.ndarray], None]
+Batch = TypeVar("Batch", bound=tuple[Any, ...])
 TILES_A_CALL = 16
+CALLS_AHEAD = 2  # of each teacher: one that it computes, and one that is on its way
 
 
 class Teacher:
@@ -123,11 +125,35 @@ class PooledTeacher(TeacherEncoder):
         # Data threads come in any order.
         tiles = np.concatenate([self._waiting[k] for k in sorted(self._waiting)])
         self._waiting = {}
+        self._begin(tiles)
+
+    def _begin(self, tiles: np.ndarray) -> None:
+        """Have teachers start on tiles `[N, 3, S, S]`, in turn; the lock is held."""
         for start in range(0, len(tiles), TILES_A_CALL):
             sent = tiles[start : start + TILES_A_CALL]
             answer = next(self._turn).features.remote(sent)
             for row, tile in enumerate(sent):
                 self._asked[_name(tile)].append((answer, row))
+
+    def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches as they are, their last part tiles `[N, 3, S, S]`, while all teachers are at work on the next.
+
+        Whoever takes one asks for the features of all its tiles before the next one.
+        """
+        begun: deque[Batch] = deque()
+        try:
+            for batch in batches:
+                with self._lock:
+                    self._begin(np.ascontiguousarray(batch[-1].numpy()))
+                begun.append(batch)
+                if sum(len(each[-1]) for each in begun) > CALLS_AHEAD * TILES_A_CALL * len(self._actors):
+                    yield begun.popleft()
+            while begun:
+                yield begun.popleft()
+        finally:  # nobody will ask for what is left
+            for batch in begun:
+                for tile in batch[-1].numpy():
+                    self._take(_name(tile))
 
     def grid_features(self, tiles: Tensor) -> Tensor:
         """Features of tiles `[N, 3, S, S]`, `[N, h, w, C]`; those that nobody asked for are computed now."""

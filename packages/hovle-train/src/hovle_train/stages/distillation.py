@@ -13,12 +13,12 @@ Shapes: T packed tokens, N tiles, P image tokens a tile, D hidden size, C teache
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -43,6 +43,9 @@ from hovle_train.stages.distillation_options import DistillationOptions
 from hovle_train.teacher_tiles import tile_batches
 from hovle_train.teachers import build_teacher, heads_of, join_heads, made_by, target_names, widths
 
+if TYPE_CHECKING:
+    from hovle_train.teacher_pool import PooledTeacher  # with Ray, which not every run has
+
 logger = logging.getLogger(__name__)
 
 HEAD_FILE = "distillation_head.safetensors"
@@ -66,9 +69,7 @@ class Distillation(Stage):
     Options = DistillationOptions
     reads = ("data.images", "data.texts", "data.text_tokens", *HOVLE_FIELDS)
     target_kinds: tuple[str, ...] = ("image_cosine", "text_cosine")
-    ask: Callable[[int, np.ndarray], None] | None = (
-        None  # of a pool, for features of a position's tiles [n, S, S, 3]
-    )
+    pool: "PooledTeacher | None" = None
 
     def __init__(self, recipe: Recipe, registry: Registry):
         super().__init__(recipe, registry)
@@ -121,9 +122,8 @@ class Distillation(Stage):
 
             if ray.is_initialized():
                 # How many samples are a step of full rows is not known beforehand: each one is asked for alone.
-                pooled = PooledTeacher(pool_names(self.recipe), self.recipe.train.global_batch_size or 1)
-                self.ask = pooled.ask
-                return pooled
+                self.pool = PooledTeacher(pool_names(self.recipe), self.recipe.train.global_batch_size or 1)
+                return self.pool
         return build_teacher(self.options.all_teachers, self.registry, num_tokens)
 
     def _distilled(self, model: HovleForConditionalGeneration) -> tuple[dict[int, float], list[int]]:
@@ -176,11 +176,11 @@ class Distillation(Stage):
             "text_tokens": data.text_tokens,
             **self.stream_options(ledger),
         }
-        if self.ask is None or self.options.cache_features:
+        if self.pool is None or self.options.cache_features:
             return UnpairedStream(**options)
         from hovle_train.teacher_pool import AskingStream
 
-        return AskingStream(self.ask, **options)
+        return AskingStream(self.pool.ask, **options)
 
     def setup(
         self, module: nn.Module, processor: HovleProcessor, runtime: Runtime, progress: Progress | None = None
@@ -188,8 +188,7 @@ class Distillation(Stage):
         """Run the teacher over the images once (`cache_features`), or take the mean feature of the first ones."""
         self.features.teacher.to(runtime.device)
         if not self.options.cache_features:
-            batches = tile_batches(self._images(), processor)
-            self.features.set_mean(tiles.to(runtime.device) for _, _, tiles in batches)
+            self.features.set_mean(tiles for _, _, tiles in self._batches(processor, runtime))
             return
         store = self.recipe.path / "teacher_features"
         if runtime.is_main:
@@ -216,15 +215,19 @@ class Distillation(Stage):
         if self.features.open_store(store, made):
             return
 
-        def batches(first: int) -> Iterator[tuple[int, list[str], Tensor]]:
-            for behind, keys, tiles in tile_batches(mixture, processor, first):
-                yield behind, keys, tiles.to(runtime.device)
-
         def report(done: int) -> None:
             if progress is not None:
                 progress("teacher features", done, mixture.num_samples)
 
-        self.features.build_store(store, batches, report, made)
+        self.features.build_store(store, partial(self._batches, processor, runtime), report, made)
+
+    def _batches(
+        self, processor: HovleProcessor, runtime: Runtime, first: int = 0
+    ) -> Iterator[tuple[int, list[str], Tensor]]:
+        """`tile_batches` of the images from the `first` on, on the worker's device."""
+        batches = tile_batches(self._images(), processor, first)
+        for behind, keys, tiles in batches if self.pool is None else self.pool.ahead(batches):
+            yield behind, keys, tiles.to(runtime.device)
 
     def _images(self) -> Mixture:
         return self.mixture(self.recipe.data.images, "images")
