@@ -65,9 +65,12 @@ def ctrl_c_is_heard():
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
     yield
-    assert not [
+    ours = [
         thread for thread in threading.enumerate() if thread.name in (stream.THREAD_NAME, engine.THREAD_NAME)
     ]
+    for thread in ours:  # one that was told to stop may be at its last line
+        thread.join(timeout=10)
+    assert not [thread for thread in ours if thread.is_alive()]
 
 
 class Served:

@@ -18,7 +18,7 @@ from PIL import Image
 from hovle_core.cli import main
 from hovle_core.images import open_image
 from hovle_core.testing import tiny_hovle, tiny_llm, tiny_processor
-from hovle_serve import commands
+from hovle_serve import commands, stream
 from hovle_serve.chat import ChatSession, load
 from hovle_serve.sampling import Sampling
 
@@ -329,6 +329,19 @@ def test_a_picture_waits_if_its_question_was_stopped_before_the_answer(session):
         assert waiting == []
     else:
         assert waiting == images
+
+
+def test_ctrl_c_while_the_thread_of_an_answer_starts_leaves_no_answer_in_work(session, monkeypatch):
+    class Interrupted(threading.Thread):
+        def start(self):
+            super().start()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream, "Thread", Interrupted)
+    forwards = []
+    session.model.language_model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    assert commands._turn(session, "hi", []) == []
+    assert (session.messages, forwards) == ([], [])
 
 
 def test_ctrl_c_at_the_prompt_ends_with_130(chat, capsys):

@@ -99,7 +99,7 @@ def stream_answer(
     `generate` runs in a thread, started by the first `next()`. Its exceptions are raised here. Closing the
     iterator stops it after the token in work and waits for it.
     """
-    stop, pieces = Event(), _Pieces(Detokenizer(processor.tokenizer))
+    go, stop, pieces = Event(), Event(), _Pieces(Detokenizer(processor.tokenizer))
     arguments = {
         **processor.batch([prompt], model.device),
         "generation_config": _generation_config(model, processor, max_new_tokens),
@@ -109,6 +109,9 @@ def stream_answer(
     }
 
     def work() -> None:
+        go.wait()
+        if stop.is_set():
+            return
         try:
             model.generate(**arguments)
             pieces.queue.put(None)
@@ -116,15 +119,19 @@ def stream_answer(
             pieces.queue.put(error)
 
     thread = Thread(target=work, name=THREAD_NAME)
-    thread.start()
     try:
+        # Ctrl-C can end start() when the thread is there and cannot be waited for yet: it works only when told so.
+        thread.start()
+        go.set()
         while (piece := pieces.queue.get()) is not None:
             if isinstance(piece, BaseException):
                 raise piece
             yield piece
     finally:
         stop.set()
-        thread.join()
+        go.set()
+        if thread.is_alive():
+            thread.join()
 
 
 def max_answer_tokens(config: HovleConfig, prompt: Encoded) -> int:
