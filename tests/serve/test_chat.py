@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from contextlib import closing
 from pathlib import Path
@@ -294,6 +295,9 @@ def interrupt_at(model, step: int) -> None:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     model.language_model.register_forward_pre_hook(press)
+    model.language_model.register_forward_pre_hook(
+        lambda *_: time.sleep(0.02)
+    )  # the main thread has its turn
 
 
 def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(session, monkeypatch, capsys):

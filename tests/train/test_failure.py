@@ -235,7 +235,7 @@ def test_numbers_that_are_not_finite_stop_before_the_update_and_name_the_samples
 
 
 def test_a_hung_rank_ends_the_run_with_its_stack(make_recipe, plugins, monkeypatch):
-    recipe = make_recipe("alignment", resources={"step_timeout_s": 1})
+    recipe = make_recipe("alignment", resources={"step_timeout_s": 3})
     ended, told = threading.Event(), []
 
     def leave(code):
@@ -255,7 +255,7 @@ def test_a_hung_rank_ends_the_run_with_its_stack(make_recipe, plugins, monkeypat
         trainer.run()
     message, code = told
     assert code == 2
-    assert "no step ended within resources.step_timeout_s=1: rank 0 is in" in message
+    assert "no step ended within resources.step_timeout_s=3: rank 0 is in" in message
     assert " in hang_here" in (recipe.path / "hung" / "rank-0.txt").read_text()
 
 

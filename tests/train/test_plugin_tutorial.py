@@ -41,6 +41,8 @@ class Tutorial:
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: hovle-{name}\nVersion: 0.1.0\n")
         (info / "entry_points.txt").write_text(f"[hovle]\n{name} = {self.module}.plugin\n")
         monkeypatch.syspath_prepend(source)
+        # A change of the same size within the same second would find the old bytecode.
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
     def block(self, kind: str) -> str:
         return next(block for of, block in self.blocks if of == kind)

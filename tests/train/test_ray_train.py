@@ -178,7 +178,7 @@ def kill_worker_at(recipe, step, killed):
 
 def test_a_killed_worker_resumes_to_the_same_weights(local_ray, make_recipe, tmp_path):
     """Killed on Ray, it ends with the very weights and curve of a run in this process that nothing disturbed."""
-    train = {"steps": 80, "checkpoint_every": 10}
+    train = {"steps": 200, "checkpoint_every": 10}
     whole = make_recipe("alignment", run_dir=str(tmp_path / "whole"), train=train)
     with one_thread():  # as the worker has
         run_local(whole)

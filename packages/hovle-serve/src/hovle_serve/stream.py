@@ -99,7 +99,8 @@ def stream_answer(
     `generate` runs in a thread, started by the first `next()`. Its exceptions are raised here. Closing the
     iterator stops it after the token in work and waits for it.
     """
-    go, stop, pieces = Event(), Event(), _Pieces(Detokenizer(processor.tokenizer))
+    go: SimpleQueue[None] = SimpleQueue()
+    stop, pieces = Event(), _Pieces(Detokenizer(processor.tokenizer))
     arguments = {
         **processor.batch([prompt], model.device),
         "generation_config": _generation_config(model, processor, max_new_tokens),
@@ -109,7 +110,7 @@ def stream_answer(
     }
 
     def work() -> None:
-        go.wait()
+        go.get()
         if stop.is_set():
             return
         try:
@@ -120,16 +121,17 @@ def stream_answer(
 
     thread = Thread(target=work, name=THREAD_NAME)
     try:
-        # Ctrl-C can end start() when the thread is there and cannot be waited for yet: it works only when told so.
+        # Ctrl-C can end start() when the thread is there and cannot be waited for yet: it works only when told so,
+        # through a queue, since an Event that Ctrl-C leaves in the middle of set() is locked for good.
         thread.start()
-        go.set()
+        go.put(None)
         while (piece := pieces.queue.get()) is not None:
             if isinstance(piece, BaseException):
                 raise piece
             yield piece
     finally:
         stop.set()
-        go.set()
+        go.put(None)
         if thread.is_alive():
             thread.join()
 
