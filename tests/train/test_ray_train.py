@@ -69,27 +69,31 @@ def test_a_cluster_s_processes_are_left_alone():
 
 
 def test_a_ray_of_our_own_is_without_what_nobody_looks_at():
-    """And it works: a task runs, and it shuts down."""
+    """And it works: a task runs; and it ends with the process that started it, also what Ray itself leaves."""
     script = """
-        import psutil, ray
+        import psutil, ray, subprocess
         from contextlib import suppress
         from hovle_train.ray_trainer import start_ray
         start_ray()
         assert ray.get(ray.remote(lambda: 2).remote()) == 2
-        children = psutil.Process().children()
         scripts = []
-        for child in children:
+        for child in psutil.Process().children():
             with suppress(psutil.Error):  # it has ended, or is a zombie
                 scripts += child.cmdline()
         assert any(a.endswith("/raylet") for a in scripts), scripts
         assert not [a for a in scripts if a.endswith(("monitor.py", "dashboard.py"))]
-        ray.shutdown()
-        assert not psutil.wait_procs(children, timeout=30)[1]
+        ray.get(ray.remote(lambda: subprocess.Popen(['sleep', '600'], start_new_session=True).pid).remote())
+        print(*[child.pid for child in psutil.Process().children(recursive=True)])
     """
     environment = {
         name: value for name, value in os.environ.items() if name not in ("HOVLE_DEBUG", "RAY_ADDRESS")
     }
-    subprocess.run([sys.executable, "-c", dedent(script)], env=environment, check=True)
+    command = [sys.executable, "-c", dedent(script)]
+    ended = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    pids = [int(pid) for pid in ended.stdout.split()]
+    left = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    assert len(pids) > 2
+    assert not psutil.wait_procs(left, timeout=30)[1]
 
 
 def test_workers_that_this_machine_has_no_room_for_are_not_waited_for(local_ray, make_recipe):

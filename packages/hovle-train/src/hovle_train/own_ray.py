@@ -31,6 +31,8 @@ _PATIENT = (
     "ray::DashboardAgent",
 )
 
+_EXIT_SECONDS = 5.0  # what Ray's processes have to end by themselves
+
 
 def own_ray() -> list[int]:
     """Process ids of a Ray that this process started on this machine; none where it joined a cluster."""
@@ -43,6 +45,24 @@ def end_onlookers() -> None:
         if any(argument.endswith(_ONLOOKERS) for argument in arguments):
             with suppress(psutil.NoSuchProcess):
                 child.kill()
+
+
+def shut_down() -> None:
+    """End the Ray that this process started, and what of it would stay.
+
+    A worker that exits just when its raylet does can wait for a lock of its own for ever (Ray 2.60: the destructor of
+    CoreWorkerProcessImpl posts to a scheduler that shuts down), and hold what memory it has.
+    """
+    import ray
+
+    processes = [child for child, _ in _own_ray()]
+    for child in tuple(processes):
+        with suppress(psutil.NoSuchProcess):
+            processes += child.children(recursive=True)
+    ray.shutdown()
+    for process in psutil.wait_procs(processes, timeout=_EXIT_SECONDS)[1]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def without_onlookers(trainer: type[Any]) -> type[Any]:

@@ -4,6 +4,7 @@ The loop, and transformers with it, is imported where it runs: Ray's controller 
 stage would wait for that.
 """
 
+import atexit
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from hovle_train.config import Recipe
 from hovle_train.export import git_commit, write_json
 from hovle_train.failure import Stopped, note_failure, stop_on_sigterm
 from hovle_train.lineage import absolute
-from hovle_train.own_ray import end_onlookers, have_ray_wait, own_ray, without_onlookers
+from hovle_train.own_ray import end_onlookers, have_ray_wait, own_ray, shut_down, without_onlookers
 from hovle_train.room import check_room, cores_a_worker
 from hovle_train.runs import is_finished
 from hovle_train.runtime import Runtime
@@ -230,8 +231,10 @@ def start_ray() -> None:
         raise
     if main and callable(before):  # Ray's own ends with code 15
         signal.signal(signal.SIGTERM, before)
-    if not address and not debug:
-        end_onlookers()
+    if not address:
+        atexit.register(shut_down)
+        if not debug:
+            end_onlookers()
     logging.getLogger("ray.train").setLevel(logging.INFO if debug else logging.WARNING)
 
 
@@ -246,6 +249,7 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
 
     def report(metrics: dict[str, Any], path: Path | None) -> None:
+        have_ray_wait(config["ray"])  # what has started since
         if path is None:
             ray.train.report(metrics)
             return
