@@ -295,9 +295,8 @@ def interrupt_at(model, step: int) -> None:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     model.language_model.register_forward_pre_hook(press)
-    model.language_model.register_forward_pre_hook(
-        lambda *_: time.sleep(0.02)
-    )  # the main thread has its turn
+    # The main thread has its turn, and says what came before.
+    model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
 
 
 def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(session, monkeypatch, capsys):

@@ -244,7 +244,9 @@ def test_closing_stops_the_thread_in_the_middle(model, processor):
 
 
 def test_nothing_runs_before_the_first_piece_is_asked_for(model, processor):
-    stream_answer(model, processor, prompt_of(processor, "hi"), 400).close()
+    pieces = stream_answer(model, processor, prompt_of(processor, "hi"), 400)
+    assert THREAD_NAME not in [thread.name for thread in threading.enumerate()]
+    pieces.close()
     assert THREAD_NAME not in [thread.name for thread in threading.enumerate()]
 
 
