@@ -15,8 +15,10 @@ from hovle_core.testing import tiny_hovle, tiny_processor, tiny_tokenizer
 from hovle_serve import engine, stream
 from hovle_serve.access import Access
 from hovle_serve.api import create_app
+from hovle_serve.chat import ChatSession
 from hovle_serve.engine import Engine
 from hovle_serve.listener import server as http_server
+from hovle_serve.sampling import Sampling
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +47,11 @@ def checkpoint(model, processor, tmp_path):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def session(model, processor):
+    return ChatSession(model, processor, sampling=Sampling(max_new_tokens=6))
 
 
 @pytest.fixture
